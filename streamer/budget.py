@@ -1,0 +1,180 @@
+"""Divide a memory budget: runtime, trunk, KV cache, workspace, and expert slots.
+
+One function, used by the loader and by `python -m streamer.plan`, so that what
+is promised is what is loaded. All sizes are bytes of the process's footprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from .errors import BudgetError, UsageError
+from .experts import ExpertFormat, held_bytes
+from .footprint import footprint, format_size, parse_size
+from .opened import Opened
+
+SLACK = 12 << 20  # Python objects, thread stacks and read buffers made after planning
+MAX_CHUNK = 512  # prompt tokens of one prefill pass
+MIN_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each owner may take. `slots` follows the order of `Opened.groups`."""
+
+    limit: int
+    runtime: int
+    trunk: int
+    kv: int
+    workspace: int
+    pool: int
+    context: int
+    chunk: int
+    slots: tuple[int, ...]
+    experts: int
+    smallest: int
+
+    @property
+    def resident(self) -> bool:
+        """Everything fits: no expert is ever paged."""
+        return sum(self.slots) >= self.experts
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.trunk + self.kv + self.workspace + self.pool
+
+
+def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
+    """Transient bytes of a pass over `chunk` tokens, free buffers included.
+
+    Activations of one layer in float32 (MLX evaluates layer by layer when it
+    streams), the gathered rows of its experts, and attention scores, which the
+    CPU back end materialises. Checked against measured peaks in the tests.
+    """
+    hidden = opened.text("hidden_size", 4096)
+    heads = opened.text("num_attention_heads", 32)
+    inner = opened.text("moe_intermediate_size", opened.text("intermediate_size", hidden))
+    vocabulary = opened.text("vocab_size", 32000)
+    row = 32 * hidden + opened.top_k * (6 * hidden + 4 * inner)
+    scores = 2 * heads * min(context, opened.text("max_position_embeddings", context))
+    return 6 * (chunk * (row + scores) + 4 * vocabulary) + (4 << 20)
+
+
+def divide(
+    opened: Opened, memory: str | int | None, context: int, *, spare: int | None = None
+) -> Budget:
+    """Divide `memory`: bytes, a size such as '8GB', 'min', or 'N%' of the experts.
+
+    spare: what the machine can give, used when memory is None. Raises
+    BudgetError naming the smallest budget that works.
+    """
+    runtime = footprint() + SLACK
+    trunk, kv = opened.trunk_bytes, opened.kv_bytes(context)
+    groups = opened.groups
+    least = {fmt: _least_slots(opened, layers) for fmt, layers in groups.items()}
+    counts = {fmt: sum(layer.count for layer in layers) for fmt, layers in groups.items()}
+    floor = sum(n * held_bytes(fmt) for fmt, n in least.items())
+    full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
+    fixed = runtime + trunk + kv
+    smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context) + floor
+
+    limit = _limit(memory, spare, smallest, fixed, opened, context, full)
+    if limit < smallest:
+        raise BudgetError(
+            f"{opened.path.name} does not run in {format_size(limit)}: the smallest budget that "
+            f"works is {format_size(smallest)} (runtime {format_size(runtime)}, trunk "
+            f"{format_size(trunk)}, KV of {context} tokens {format_size(kv)}, workspace and "
+            f"{sum(least.values())} expert slots {format_size(smallest - fixed)})"
+        )
+    chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
+    room = limit - fixed - workspace
+    slots = _share(groups, least, counts, min(room, full))
+    pool = sum(n * held_bytes(fmt) for fmt, n in slots.items())
+    return Budget(
+        limit=limit,
+        runtime=runtime,
+        trunk=trunk,
+        kv=kv,
+        workspace=workspace,
+        pool=pool,
+        context=context,
+        chunk=chunk,
+        slots=tuple(slots.values()),
+        experts=opened.experts,
+        smallest=smallest,
+    )
+
+
+def with_slots(budget: Budget, slots: tuple[int, ...], pool: int) -> Budget:
+    """The same division with a pool of another size; tests and benchmarks use it."""
+    return dataclasses.replace(budget, slots=slots, pool=pool)
+
+
+def _limit(
+    memory: str | int | None,
+    spare: int | None,
+    smallest: int,
+    fixed: int,
+    opened: Opened,
+    context: int,
+    full: int,
+) -> int:
+    if memory is None:
+        return spare if spare is not None else smallest
+    if isinstance(memory, int):
+        return memory
+    text = memory.strip().lower()
+    if text == "min":
+        return smallest
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise UsageError(f"--memory {memory}: a share of the experts lies above 0% and up to 100%")
+        workspace = chunk_workspace(opened, _wanted_chunk(opened, context, full), context)
+        return max(smallest, fixed + workspace + int(share * full))
+    return parse_size(memory)
+
+
+def _wanted_chunk(opened: Opened, context: int, full: int) -> int:
+    """The chunk whose workspace stays below a quarter of the experts, or 64 tokens."""
+    chunk = MAX_CHUNK
+    while chunk > 64 and chunk_workspace(opened, chunk, context) > full // 4:
+        chunk //= 2
+    return chunk
+
+
+def _chunk(opened: Opened, context: int, room: int, full: int) -> tuple[int, int]:
+    """(tokens per prefill pass, workspace bytes): at most an eighth of what experts could use."""
+    chunk = _wanted_chunk(opened, context, full)
+    while chunk > MIN_CHUNK:
+        workspace = chunk_workspace(opened, chunk, context)
+        if workspace <= room and (workspace <= room // 8 or workspace + full <= room):
+            break
+        chunk //= 2
+    return chunk, chunk_workspace(opened, chunk, context)
+
+
+def _least_slots(opened: Opened, layers: list) -> int:
+    return min(opened.top_k, max(layer.count for layer in layers))
+
+
+def _share(
+    groups: dict[ExpertFormat, list],
+    least: dict[ExpertFormat, int],
+    counts: dict[ExpertFormat, int],
+    room: int,
+) -> dict[ExpertFormat, int]:
+    """Slots of each group, in proportion to its bytes, from its least to all of it."""
+    full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
+    share = min(1.0, room / full) if full else 1.0
+    slots = {f: max(least[f], min(counts[f], int(counts[f] * share))) for f in groups}
+    for fmt in groups:
+        spent = sum(n * held_bytes(f) for f, n in slots.items())
+        over = -(-(spent - room) // held_bytes(fmt))
+        if over > 0:
+            slots[fmt] = max(least[fmt], slots[fmt] - over)
+    return slots

@@ -1,0 +1,86 @@
+"""A conversation in the terminal, with line editing and history.
+
+The model's chat template makes the prompt; what the KV cache already holds is
+not computed again. /reset starts over, /exit or end of file leaves, Ctrl-C
+ends a reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from .console import say, write_json
+from .errors import UsageError
+from .session import Session
+
+HISTORY = Path.home() / ".cache" / "streamer" / "history"
+
+
+def converse(session: Session, args: argparse.Namespace) -> int:
+    """Read turns until end of file. Raises UsageError for a model without a chat template."""
+    from .run import print_reply
+
+    if not session.tokenizer.has_chat_template:
+        raise UsageError("this model has no chat template; use --prompt")
+    with _line_editing():
+        messages = _start(args)
+        while (line := _ask()) is not None:
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages = _start(args)
+                continue
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line})
+            tokens = list(
+                session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            )
+            if len(tokens) + args.max_tokens > session.streamer.budget.context:
+                messages.pop()
+                say(
+                    f"this turn would pass the planned {session.streamer.budget.context} tokens; "
+                    "/reset, or start with a larger --context"
+                )
+                continue
+            text = print_reply(session, tokens)
+            print(flush=True)
+            say(session.closing())
+            messages.append({"role": "assistant", "content": text})
+    if args.stats:
+        write_json(args.stats, session.stats())
+    return 0
+
+
+def _start(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print()
+        return "/exit"
+
+
+@contextlib.contextmanager
+def _line_editing():  # type: ignore[no-untyped-def]
+    if not sys.stdin.isatty():
+        yield
+        return
+    import readline
+
+    with contextlib.suppress(OSError):
+        readline.read_history_file(HISTORY)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            HISTORY.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(HISTORY)

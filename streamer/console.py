@@ -1,0 +1,135 @@
+"""What the command lines share: errors as one line, bars, clean interruption.
+
+Nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import StreamerError, UsageError
+
+
+class Interrupted(Exception):
+    """The user asked to end the current generation."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message} (see --help)")
+
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: a finite number within [low, high]."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (math.isfinite(value) and low <= value <= high):
+            bound = f"from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " up")
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it goes {bound}")
+        return value
+
+    return parse
+
+
+def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """Decorate a `main(argv)`: a StreamerError becomes one line on stderr and exit code 2."""
+
+    def run(argv: list[str] | None = None) -> int:
+        # transformers imports torch when it is there; tokenizers do not need its 200 MB
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            return main(argv)
+        except StreamerError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, Interrupted):
+            return 130
+        except BrokenPipeError:
+            # the reader went away; leave stdout pointing somewhere harmless
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return run
+
+
+def say(text: str) -> None:
+    """A line for people, apart from the generated text."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, nothing elsewhere: `update(done, total, unit)`."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, unit: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None, amount="")
+
+        def update(done: int, total: int, unit: str) -> None:
+            scale = 1e6 if unit == "MB" else 1
+            amount = f"{done / scale:.0f}/{total / scale:.0f} {unit}"
+            progress.update(task, completed=done, total=total, amount=amount)
+
+        yield update
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once sets the flag that the yielded function returns; twice ends the program."""
+    pressed = 0
+
+    def handler(*_: Any) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed > 1:
+            raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread: the caller's signals are not ours
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write aside, sync, rename. Raises UsageError when the folder cannot be written."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

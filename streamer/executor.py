@@ -1,0 +1,282 @@
+"""Run a layer's experts from a bounded pool, reading what is absent.
+
+The layer-wise executor: at every MoE layer the router's choice is read back,
+absent experts are read from disk while the resident ones compute, and the
+results are put together row by row. In float32 on CPU the results are the bits
+that mlx-lm gives with all experts in memory.
+
+A call with few rows (decode, verify) brings its experts into the pool by LRU.
+A call whose union does not fit, or with many rows (prefill), walks the absent
+experts in disk order through a few scratch slots, one batch read ahead, so
+that each is read once and what decoding uses stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .experts import LayerExperts, stored_bytes
+from .pool import SlotPool
+from .slots import SlotArrays
+from .store import Store, Ticket
+
+DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
+SCRATCH_BATCH = 16  # experts read ahead at once in prefill
+MAX_UNREAD = 256  # calls of covered layers whose choices wait to be counted
+MAX_PAIRS = 4096  # pairs computed at once, which bounds prefill's transients
+
+
+@dataclass
+class Counters:
+    """What the experts cost so far. Hits and misses count a layer's distinct experts."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_wanted: int = 0
+    io_wait_seconds: float = 0.0
+    syncs: int = 0
+
+
+class Reading:
+    """Experts on their way into slots."""
+
+    def __init__(self, ticket: Ticket, finish: Sequence[Callable[[], None]]):
+        self._ticket, self._finish = ticket, finish
+
+    def wait(self) -> None:
+        """Block until every byte is in place. Raises StreamerError on a failed read."""
+        self._ticket.wait()
+        for widen in self._finish:
+            widen()
+
+
+class Executor:
+    """All layers of one expert format, their pool and the reads that fill it."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerExperts],
+        slots: int,
+        store: Store,
+        counters: Counters,
+    ):
+        self.layers = list(layers)
+        self.pool = SlotPool(slots, [layer.count for layer in layers])
+        self.arrays = SlotArrays(layers[0].format, slots)
+        self.counters = counters
+        self._store = store
+        self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
+        self._unsettled: list[mx.array] = []  # outputs that may still read the pool
+        self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
+
+    def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., D], indices [..., k] -> [..., k, D]; `inner` is bound to the pool."""
+        if self.pool.covers(layer):
+            return self._covered(layer, inner, x, indices)
+        ids = np.array(indices)
+        self.counters.syncs += 1
+        self._settle()
+        need = np.unique(ids)
+        resident = self.pool.slot_of[layer][need] >= 0
+        hits, misses = need[resident], need[~resident]
+        self.counters.hits += len(hits)
+        self.counters.misses += len(misses)
+        if not len(misses):
+            self.pool.touch(layer, hits)
+            return self._track(inner(x, self._slots(layer, ids)))
+        self.counters.bytes_wanted += len(misses) * stored_bytes(self.arrays.format)
+        if ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots:
+            return self._decode(layer, inner, x, ids, hits, misses)
+        return self._prefill(layer, inner, x, ids, hits, misses)
+
+    def _covered(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        """mlx-lm's own path, no read-back: the slot table lives on the device."""
+        if layer not in self._tables:
+            self._tables[layer] = mx.array(self.pool.slot_of[layer])
+        y = inner(x, self._tables[layer][indices])
+        if self.pool.slots == self.pool.total:
+            return y
+        self._unread.append((layer, indices))
+        if len(self._unread) > MAX_UNREAD:
+            self._settle()
+        return self._track(y)
+
+    def load(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> Reading:
+        """Start reading `experts` into `slots`, which nothing reads any more."""
+        pieces, finish = [], []
+        for expert, slot in zip(experts, slots, strict=True):
+            more, after = self.arrays.pieces(self.layers[layer], int(expert), slot)
+            pieces += more
+            finish += after
+        return Reading(self._store.read(pieces), finish)
+
+    def fill(self, progress: Callable[[int, int], None]) -> None:
+        """Read everything into a pool that holds it all; progress(bytes done, in all)."""
+        self._settle()
+        size, done = stored_bytes(self.arrays.format), 0
+        for layer in range(len(self.layers)):
+            absent = np.flatnonzero(self.pool.slot_of[layer] < 0)
+            slots = self.pool.take(len(absent))
+            self.load(layer, absent.tolist(), slots).wait()
+            for expert, slot in zip(absent.tolist(), slots, strict=True):
+                self.pool.place(layer, expert, slot)
+            done += len(slots) * size
+            progress(done, self.pool.total * size)
+
+    def _decode(
+        self,
+        layer: int,
+        inner: nn.Module,
+        x: mx.array,
+        ids: np.ndarray,
+        hits: np.ndarray,
+        misses: np.ndarray,
+    ) -> mx.array:
+        self.pool.touch(layer, hits)
+        self._tables.clear()
+        slots = self.pool.take(len(misses), keep=(layer, frozenset(hits.tolist())))
+        reading = self.load(layer, misses.tolist(), slots)
+        for expert, slot in zip(misses.tolist(), slots, strict=True):
+            self.pool.place(layer, expert, slot)
+        if not len(hits):
+            self._wait(reading)
+            return self._track(inner(x, self._slots(layer, ids)))
+        pairs = _Pairs(x, ids)
+        here = np.isin(ids.reshape(-1), hits)
+        first, second = np.flatnonzero(here), np.flatnonzero(~here)
+        done = pairs.run(inner, self.pool.slot_of[layer], first)
+        mx.async_eval(done)
+        self._wait(reading)
+        late = pairs.run(inner, self.pool.slot_of[layer], second)
+        return self._track(pairs.join([done, late], np.concatenate([first, second])))
+
+    def _prefill(
+        self,
+        layer: int,
+        inner: nn.Module,
+        x: mx.array,
+        ids: np.ndarray,
+        hits: np.ndarray,
+        misses: np.ndarray,
+    ) -> mx.array:
+        self._tables.clear()
+        flat = ids.reshape(-1)
+        pairs = _Pairs(x, ids)
+        table = self.pool.slot_of[layer].copy()
+        outputs: list[mx.array] = []
+        order: list[np.ndarray] = []
+
+        def compute(experts: np.ndarray) -> None:
+            chosen = np.flatnonzero(np.isin(flat, experts))
+            for part in np.split(chosen, range(MAX_PAIRS, len(chosen), MAX_PAIRS)):
+                outputs.append(pairs.run(inner, table, part))
+                order.append(part)
+                mx.eval(outputs[-1])
+
+        misses = self._disk_order(layer, misses)
+        homes = self._homes(layer, flat, misses)
+        batch = self._batch
+        batches = np.split(misses, range(batch, len(misses), batch))
+        scratch: list[list[int]] = []
+        if self.pool.slots - len(hits) - len(homes) >= 2 * batch:
+            keep = (layer, frozenset(hits.tolist()))
+            scratch = [self.pool.take(batch, keep) for _ in range(2)]
+        readings: list[Reading] = []
+
+        def start(i: int) -> None:
+            spare = iter(scratch[i % len(scratch)])
+            slots = [homes[e] if e in homes else next(spare) for e in batches[i].tolist()]
+            table[batches[i]] = slots
+            readings.append(self.load(layer, batches[i].tolist(), slots))
+
+        if scratch:
+            start(0)
+        if len(hits):
+            compute(hits)
+        if not scratch:  # a pool this small is all scratch once its hits are done
+            scratch = [self.pool.take(batch)]
+            start(0)
+        for i, experts in enumerate(batches):
+            if len(scratch) == 2 and i + 1 < len(batches):
+                start(i + 1)
+            self._wait(readings[i])
+            compute(experts)
+            if len(scratch) == 1 and i + 1 < len(batches):
+                start(i + 1)
+        for slots in scratch:
+            self.pool.release(slots)
+        for expert, slot in homes.items():
+            self.pool.place(layer, expert, slot)
+        return self._track(pairs.join(outputs, np.concatenate(order)))
+
+    def _homes(self, layer: int, flat: np.ndarray, misses: np.ndarray) -> dict[int, int]:
+        """Free slots that this layer's most used absent experts may stay in.
+
+        Only free slots, two batches of them left for scratch, and never more
+        than the layer's even share: prefill evicts nothing that decoding used.
+        """
+        share = self.pool.slots // len(self.layers) - self.pool.resident[layer]
+        room = min(share, len(self.pool.free) - 2 * self._batch)
+        if room <= 0:
+            return {}
+        uses = np.bincount(flat, minlength=len(self.pool.slot_of[layer]))[misses]
+        chosen = misses[np.argsort(-uses, kind="stable")[:room]].tolist()
+        return dict(zip(chosen, self.pool.take(len(chosen)), strict=True))
+
+    @property
+    def _batch(self) -> int:
+        """Experts of one scratch batch: a sixteenth of the pool, at most."""
+        return max(1, min(SCRATCH_BATCH, self.pool.slots // 16))
+
+    def _disk_order(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        starts, _ = self.layers[layer].sources[0]
+        return experts[np.argsort(starts[experts, 0], kind="stable")]
+
+    def _slots(self, layer: int, ids: np.ndarray) -> mx.array:
+        return mx.array(self.pool.slot_of[layer][ids])
+
+    def _wait(self, reading: Reading) -> None:
+        began = time.perf_counter()
+        reading.wait()
+        self.counters.io_wait_seconds += time.perf_counter() - began
+
+    def _track(self, y: mx.array) -> mx.array:
+        self._unsettled.append(y)
+        return y
+
+    def _settle(self) -> None:
+        """Nothing lazy reads the pool any more; slots may be refilled."""
+        mx.eval(self._unsettled)
+        self._unsettled.clear()
+        for layer, indices in self._unread:
+            experts = np.unique(np.array(indices))
+            self.counters.hits += len(experts)
+            self.pool.touch(layer, experts)
+        self._unread.clear()
+
+
+class _Pairs:
+    """The (row, choice) pairs of a call, computed in any grouping and put back."""
+
+    def __init__(self, x: mx.array, ids: np.ndarray):
+        self._x = x.reshape(-1, x.shape[-1])
+        self._ids = ids.reshape(-1)
+        self._k = ids.shape[-1]
+        self._shape = (*ids.shape, -1)
+
+    def run(self, inner: nn.Module, table: np.ndarray, pairs: np.ndarray) -> mx.array:
+        """Outputs [len(pairs), D] of the pairs, whose experts lie in table[expert]."""
+        x = self._x[mx.array(pairs // self._k)]
+        return inner(x, mx.array(table[self._ids[pairs]])[:, None])[:, 0]
+
+    def join(self, outputs: list[mx.array], order: np.ndarray) -> mx.array:
+        """[..., k, D] from outputs that stand in `order`."""
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return mx.concatenate(outputs)[mx.array(back)].reshape(self._shape)

@@ -1,0 +1,151 @@
+"""The routed experts of a model: what each is made of and where it lies on disk.
+
+`find_experts(model)` walks a model that was loaded lazily under
+`streamer.trace.tracing` and describes every `SwitchGLU` / `SwitchMLP` in it.
+A layer's experts all have one `ExpertFormat`; layers of equal format share a
+pool. Nothing is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import (
+    QuantizedSwitchLinear,
+    SwitchGLU,
+    SwitchLinear,
+    SwitchMLP,
+)
+
+from .errors import LayoutError
+from .trace import Source, source_of
+
+MAX_BLOCKS = 64  # byte ranges per tensor of one expert; more means an interleaved layout
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """One tensor of an expert, e.g. `gate_proj.scales`.
+
+    shape: of one expert's part; stored and held: dtype on disk and in the pool.
+    Floating tensors of quantized and plain experts alike may be held wider than
+    stored (float32 on CPU); packed weights never are.
+    """
+
+    projection: str
+    kind: str
+    shape: tuple[int, ...]
+    stored: mx.Dtype
+    held: mx.Dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.stored.size
+
+    @property
+    def held_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.held.size
+
+
+ExpertFormat = tuple[ExpertTensor, ...]
+
+
+def held_bytes(fmt: ExpertFormat) -> int:
+    """Bytes of one expert in the pool."""
+    return sum(t.held_bytes for t in fmt)
+
+
+def stored_bytes(fmt: ExpertFormat) -> int:
+    """Bytes of one expert on disk: what a miss reads."""
+    return sum(t.stored_bytes for t in fmt)
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one MoE layer.
+
+    path: module path in the model; switch: the module, whose parameters are
+    still lazy; sources: for each tensor of the format the addresses, int64
+    `[experts, blocks]`, of its blocks and the bytes of a block.
+    """
+
+    path: str
+    switch: nn.Module
+    count: int
+    format: ExpertFormat
+    sources: tuple[tuple[np.ndarray, int], ...]
+
+
+def is_switch(module: nn.Module) -> bool:
+    return isinstance(module, (SwitchGLU, SwitchMLP))
+
+
+def projections(switch: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The stacked linear layers of a switch: gate/up/down or fc1/fc2."""
+    for name, child in switch.children().items():
+        if isinstance(child, (SwitchLinear, QuantizedSwitchLinear)):
+            yield name, child
+
+
+def find_experts(model: nn.Module, path: Path, widen: mx.Dtype | None) -> list[LayerExperts]:
+    """Every MoE layer of `model`, in layer order.
+
+    widen: hold floating tensors in this dtype, or None to hold them as stored.
+    Raises LayoutError when a tensor cannot be paged from where it lies.
+    """
+    found = [_describe(p, m, path, widen) for p, m in model.named_modules() if is_switch(m)]
+    return sorted(found, key=lambda layer: _natural(layer.path))
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) -> LayerExperts:
+    tensors, sources, count = [], [], 0
+    for projection, linear in projections(switch):
+        for kind, array in linear.parameters().items():
+            name = f"{path}.{projection}.{kind}"
+            if not isinstance(array, mx.array):
+                continue
+            count = array.shape[0]
+            source = source_of(array)
+            if source is None:
+                raise LayoutError(_refusal(root, f"{name} is not stored as it is used"))
+            starts, block = _per_expert(source)
+            if starts.shape[1] > MAX_BLOCKS:
+                raise LayoutError(
+                    _refusal(root, f"{name} is interleaved: {starts.shape[1]} ranges an expert")
+                )
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            held = widen if widen is not None and floating else array.dtype
+            shape = tuple(array.shape[1:])
+            tensors.append(ExpertTensor(projection, kind, shape, array.dtype, held))
+            sources.append((starts, block))
+    return LayerExperts(path, switch, count, tuple(tensors), tuple(sources))
+
+
+def _per_expert(source: Source) -> tuple[np.ndarray, int]:
+    """Block addresses `[experts, blocks]`, neighbours merged."""
+    source = source.expand(1)
+    starts = source.starts.reshape(source.starts.shape[0], -1)
+    block = source.block_bytes
+    while starts.shape[1] > 1 and starts.shape[1] % 2 == 0:
+        if not np.all(starts[:, 1::2] - starts[:, ::2] == block):
+            break
+        starts, block = starts[:, ::2], block * 2
+    if starts.shape[1] > 1 and np.all(np.diff(starts, axis=1) == block):
+        starts, block = starts[:, :1], block * starts.shape[1]
+    return np.ascontiguousarray(starts), block
+
+
+def _refusal(root: Path, what: str) -> str:
+    return (
+        f"the experts of {root} cannot be paged in place ({what}); "
+        f"convert it once: python -m streamer.convert {root} {root}-streamable"
+    )

@@ -1,0 +1,219 @@
+"""Load a model whose experts do not fit: trunk resident, experts paged.
+
+    from streamer import load
+    model, tokenizer = load("path/or/owner/name", memory="8GB")
+    mlx_lm.generate(model, tokenizer, "...")
+
+The model is mlx-lm's own, with every switch module swapped for one that reads
+its experts through a bounded pool. `model.streamer` is the `Streamer`: budget,
+counters, reads, `close()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from .budget import Budget, divide, with_slots
+from .errors import BudgetError, CheckpointError, UsageError
+from .executor import Counters, Executor
+from .experts import LayerExperts, held_bytes, stored_bytes
+from .footprint import default_budget, footprint, format_size
+from .hub import resolve
+from .opened import Opened, load_trunk, open_model
+from .probe import choose_backend
+from .store import Store
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+class StreamedSwitch(nn.Module):
+    """Stands where a `SwitchGLU` / `SwitchMLP` stood: `(x, indices) -> [..., k, D]`."""
+
+    def __init__(self, executor: Executor, layer: int, switch: nn.Module):
+        super().__init__()
+        # set past nn.Module, whose parameters must not list the shared pool
+        self.__dict__["_run"] = executor
+        self.__dict__["_layer"] = layer
+        self.__dict__["_inner"] = executor.arrays.bind(switch)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        return self._run(self._layer, self._inner, x, indices)
+
+
+class Streamer:
+    """The running state behind a loaded model: budget, pools, reads."""
+
+    def __init__(self, opened: Opened, budget: Budget, store: Store | None, choice: str):
+        self.opened, self.budget, self.store, self.io = opened, budget, store, choice
+        self.counters = Counters()
+        self.executors: list[Executor] = []
+
+    @property
+    def resident(self) -> bool:
+        """No expert is paged: decoding never reads the router back."""
+        return all(e.pool.slots >= e.pool.total for e in self.executors)
+
+    @property
+    def slots(self) -> int:
+        return sum(e.pool.slots for e in self.executors) or self.opened.experts
+
+    @property
+    def total(self) -> int:
+        return self.opened.experts
+
+    def check(self) -> None:
+        """Hold the footprint within the budget; called between passes.
+
+        Free buffers are dropped first. Raises BudgetError when that is not enough.
+        """
+        if footprint() <= self.budget.limit:
+            return
+        mx.clear_cache()
+        now = footprint()
+        if now > self.budget.limit:
+            raise BudgetError(
+                f"the footprint reached {format_size(now)} of a budget of "
+                f"{format_size(self.budget.limit)}; give more memory or less context"
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """The `experts` block of `--stats`."""
+        counters = self.counters
+        return {
+            "total": self.total,
+            "slots": self.slots,
+            "bytes_per_expert": expert_bytes(self.opened),
+            "hits": counters.hits,
+            "misses": counters.misses,
+            "bytes_read": self.store.counters.bytes_read if self.store else 0,
+            "reads": self.store.counters.reads if self.store else 0,
+            "prefetch_issued": 0,
+            "prefetch_used": 0,
+            "io_wait_seconds": counters.io_wait_seconds,
+        }
+
+    def close(self) -> None:
+        """Stop the readers and close the files."""
+        if self.store is not None:
+            self.store.close()
+
+
+def load(
+    model: str | Path,
+    memory: str | int | None = None,
+    *,
+    context: int = 4096,
+    io: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a checkpoint folder or repository so that the process stays within `memory`.
+
+    memory: bytes, '8GB', 'N%' (that share of the experts), 'min', or None for
+    what the machine can spare. context: tokens that the KV cache is planned for.
+    io: auto, mmap, pread or direct. dtype: auto, stored or float32.
+    Raises a StreamerError whose text is one line.
+    """
+    path = resolve(str(model))
+    opened = open_model(path, dtype)
+    tokenizer = open_tokenizer(opened)
+    spare = default_budget()[0] if memory is None else None
+    budget = divide(opened, memory, context, spare=spare)
+    return attach(opened, budget, io, progress or (lambda *_: None)), tokenizer
+
+
+def open_tokenizer(opened: Opened) -> TokenizerWrapper:
+    """The checkpoint's tokenizer. Raises CheckpointError."""
+    try:
+        return load_tokenizer(opened.path, eos_token_ids=opened.config.get("eos_token_id"))
+    except Exception as error:  # transformers raises whatever its parsers raise
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{opened.path} has no usable tokenizer: {text}") from error
+
+
+def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Module:
+    """Read the trunk, make the pools, swap the switches; the model is ready to call."""
+    if not opened.layers and budget.limit < budget.total:
+        raise BudgetError(
+            f"{opened.path.name} has no routed experts to page and needs "
+            f"{format_size(budget.total)}; the budget is {format_size(budget.limit)}"
+        )
+    mx.set_cache_limit(budget.workspace // 3)
+    store, chosen = _open_store(opened, budget, io)
+    streamer = Streamer(opened, budget, store, chosen)
+    model = opened.model
+    if store is not None:
+        _swap(streamer, opened, budget, store)
+    done = 0
+
+    def trunk_progress(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("trunk", done, budget.trunk)
+
+    load_trunk(opened, trunk_progress)
+    for executor in streamer.executors:
+        if executor.pool.slots >= executor.pool.total:
+            executor.fill(lambda n, total: progress("experts", n, total))
+    model.streamer = streamer
+    return model
+
+
+def load_streamed(
+    path: Path, *, slots: int | None = None, io: str = "pread", dtype: str = "stored"
+) -> nn.Module:
+    """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
+
+    For tests and benchmarks; there is no bound on the footprint.
+    """
+    opened = open_model(path, dtype)
+    budget = divide(opened, 1 << 60, 4096)
+    counts = {fmt: sum(x.count for x in layers) for fmt, layers in opened.groups.items()}
+    if slots is not None:
+        share = slots / max(1, opened.experts)
+        counts = {f: max(opened.top_k, min(n, int(n * share))) for f, n in counts.items()}
+    pool = sum(n * held_bytes(fmt) for fmt, n in counts.items())
+    return attach(opened, with_slots(budget, tuple(counts.values()), pool), io, lambda *_: None)
+
+
+def expert_count(path: Path) -> int:
+    """Routed experts over all layers."""
+    return open_model(path, "stored").experts
+
+
+def expert_bytes(opened: Opened) -> int:
+    """Bytes that a miss reads, of the largest expert format; 0 for a dense model."""
+    return max((stored_bytes(fmt) for fmt in opened.groups), default=0)
+
+
+def _open_store(opened: Opened, budget: Budget, io: str) -> tuple[Store | None, str]:
+    if io not in ("auto", "mmap", "pread", "direct"):
+        raise UsageError(f"--io must be auto, mmap, pread or direct, not {io!r}")
+    if not opened.layers:
+        return None, "none"
+    files = opened.checkpoint.files
+    if io != "auto":
+        return Store(files, backend=io), io
+    choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))
+    return Store(files, backend=choice.backend, drop_behind=choice.drop_behind), choice.backend
+
+
+def _swap(streamer: Streamer, opened: Opened, budget: Budget, store: Store) -> None:
+    swapped: list[tuple[str, nn.Module]] = []
+    for layers, slots in zip(opened.groups.values(), budget.slots, strict=True):
+        executor = Executor(layers, slots, store, streamer.counters)
+        streamer.executors.append(executor)
+        swapped += [(x.path, _streamed(executor, i, x)) for i, x in enumerate(layers)]
+    opened.model.update_modules(tree_unflatten(swapped))
+
+
+def _streamed(executor: Executor, index: int, layer: LayerExperts) -> StreamedSwitch:
+    return StreamedSwitch(executor, index, layer.switch)

@@ -1,0 +1,198 @@
+"""What a memory budget buys, before anything is loaded.
+
+    python -m streamer.plan --model PATH --memory 16GB --context 32768
+    python -m streamer.plan --model PATH --memory 16GB --json
+
+The division is the loader's own (`streamer.budget.divide`). Disk speed and
+multiply-add rate are measured here, in under a second; tokens per second is a
+range, since hit rates depend on the text: from uniform routing at one end to
+the skewed use seen on a trained model at the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .console import Parser, command, number
+
+# Share of a layer's chosen experts found in an LRU pool that holds a share of
+# all experts: measured on a trained 8-layer, 32-expert, top-4 model.
+LRU_HITS = ((0.0, 0.0), (0.25, 0.45), (0.5, 0.72), (0.75, 0.9), (0.9, 0.96), (1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected decoding, (worse, better). Bytes per token, seconds, tokens per second."""
+
+    hit_rate: tuple[float, float]
+    read_bytes: tuple[float, float]
+    compute_seconds: float
+    tokens_per_second: tuple[float, float]
+    disk_bytes_per_second: float
+    reason: str
+
+
+def parser() -> Parser:
+    p = Parser(prog="streamer plan", description="Show what a memory budget buys.")
+    p.add_argument("--model", help="folder or repository; the embedded demo when left out")
+    p.add_argument("--memory", help="8GB, 50%% (of the experts), min; default: what can be spared")
+    p.add_argument("--context", type=number(1, 1 << 30, int), default=4096, help="tokens")
+    p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
+    p.add_argument("--json", action="store_true")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from .budget import divide
+    from .footprint import default_budget
+    from .hub import resolve
+    from .load import open_tokenizer
+    from .opened import open_model
+    from .run import DEMO
+
+    path = resolve(args.model) if args.model else DEMO
+    opened = open_model(path, args.dtype)
+    open_tokenizer(opened)  # its memory belongs to the runtime that is measured
+    spare = default_budget()[0] if args.memory is None else None
+    budget = divide(opened, args.memory, args.context, spare=spare)
+    forecast = foresee(opened, budget)
+    if args.json:
+        print(json.dumps({"budget": asdict(budget), **describe(opened), **asdict(forecast)}))
+    else:
+        print(table(path, opened, budget, forecast))
+    return 0
+
+
+def foresee(opened: Any, budget: Any) -> Forecast:
+    """Hit rate, reads and speed that `budget` should give."""
+    from .experts import stored_bytes
+    from .load import expert_bytes
+    from .probe import choose_backend
+
+    layers = opened.layers
+    asked = sum(opened.top_k * stored_bytes(layer.format) for layer in layers)
+    share = min(1.0, sum(budget.slots) / max(1, opened.experts))
+    hits = (share, max(share, _lru_hits(share)))
+    reads = (asked * (1 - hits[0]), asked * (1 - hits[1]))
+    compute = active_weights(opened) / multiply_rate()
+    rate, reason = float("inf"), "nothing is read"
+    if layers:
+        files = opened.checkpoint.files
+        choice = choose_backend(files, expert_bytes(opened), budget.limit)
+        rate, reason = choice.bandwidth_bytes_per_s, choice.reason
+    speed = tuple(1 / (compute + r / rate) for r in reads)
+    return Forecast(hits, reads, compute, (speed[0], speed[1]), rate, reason)
+
+
+def active_weights(opened: Any) -> int:
+    """Weights that one token multiplies with: the trunk's matrices and its experts."""
+    from .opened import trunk_parameters
+
+    trunk = 0
+    for path, array in trunk_parameters(opened.model):
+        if array.ndim >= 2 and not path.endswith(("scales", "biases", "embed_tokens.weight")):
+            trunk += array.size * (32 // _bits(opened, path, array))
+    experts = sum(
+        opened.top_k * _expert_weights(opened, layer.switch) for layer in opened.layers
+    )
+    return trunk + experts
+
+
+def _bits(opened: Any, path: str, array: Any) -> int:
+    """Bits a packed weight has per value, 32 for one that is not packed."""
+    import mlx.core as mx
+
+    if array.dtype != mx.uint32:
+        return 32
+    module = dict(opened.model.named_modules()).get(path.rsplit(".", 1)[0])
+    return getattr(module, "bits", 4)
+
+
+def _expert_weights(opened: Any, switch: Any) -> int:
+    from .experts import projections
+
+    return sum(p.input_dims * p.output_dims for _, p in projections(switch))
+
+
+def multiply_rate() -> float:
+    """Weights per second of a 4-bit matrix-vector product, measured."""
+    import mlx.core as mx
+
+    n = 2048
+    packed = mx.quantize(mx.random.normal((n, n)), 64, 4)
+    x = mx.ones((1, n))
+    mx.eval(packed, x)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        mx.eval(mx.quantized_matmul(x, *packed, group_size=64, bits=4))
+        best = min(best, time.perf_counter() - began)
+    return n * n / best
+
+
+def describe(opened: Any) -> dict[str, Any]:
+    """The model's own figures."""
+    from .load import expert_bytes
+
+    return {
+        "model": str(opened.path),
+        "model_bytes": opened.checkpoint.nbytes,
+        "moe_layers": len(opened.layers),
+        "experts": opened.experts,
+        "experts_per_token": opened.top_k,
+        "bytes_per_expert": expert_bytes(opened),
+    }
+
+
+def table(path: Path, opened: Any, budget: Any, forecast: Forecast) -> str:
+    """The plan for people."""
+    from .footprint import format_size
+    from .load import expert_bytes
+
+    layers = len(opened.layers)
+    rows = [
+        ("model", f"{path.name}, {format_size(opened.checkpoint.nbytes)} on disk"),
+        ("budget", format_size(budget.limit)),
+        ("  runtime", format_size(budget.runtime)),
+        ("  trunk", format_size(budget.trunk)),
+        ("  KV cache", f"{format_size(budget.kv)} for {budget.context} tokens"),
+        ("  workspace", f"{format_size(budget.workspace)}, prefill {budget.chunk} tokens a pass"),
+    ]
+    if layers:
+        slots = sum(budget.slots)
+        rows += [
+            (
+                "  experts",
+                f"{format_size(budget.pool)}: {slots} of {budget.experts} "
+                f"({slots / budget.experts:.0%}), {slots / layers:.1f} of "
+                f"{opened.layers[0].count} a layer, {format_size(expert_bytes(opened))} each",
+            ),
+            ("smallest", f"{format_size(budget.smallest)} works"),
+            ("disk", forecast.reason),
+            (
+                "reads",
+                f"{forecast.read_bytes[1] / 1e6:.1f} to {forecast.read_bytes[0] / 1e6:.1f} MB a "
+                f"token (hit rate {forecast.hit_rate[0]:.0%} to {forecast.hit_rate[1]:.0%})",
+            ),
+        ]
+    low, high = forecast.tokens_per_second
+    rows.append(("speed", f"{low:.1f} to {high:.1f} tokens/s"))
+    return "\n".join(f"{name:12} {text}" for name, text in rows)
+
+
+def _lru_hits(share: float) -> float:
+    for (x0, y0), (x1, y1) in zip(LRU_HITS, LRU_HITS[1:], strict=False):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return 1.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

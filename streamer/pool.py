@@ -1,0 +1,75 @@
+"""Which expert lies in which slot: the bookkeeping of a bounded pool.
+
+Plain data, no arrays of weights and no disk: a free list, an LRU order over
+(layer, expert) and a slot table per layer. One pool serves all layers whose
+experts have the same format.
+
+    pool = SlotPool(slots=8, experts=[32] * 8)
+    pool.place(0, 5, *pool.take(1))
+    pool.slot_of[0][5]
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class SlotPool:
+    """`slots` slots shared by layers with `experts[layer]` experts each."""
+
+    def __init__(self, slots: int, experts: Sequence[int]):
+        self.slots = slots
+        self.total = sum(experts)
+        self.slot_of = [np.full(n, -1, dtype=np.int32) for n in experts]
+        self.resident = [0] * len(experts)
+        self.free = list(range(slots - 1, -1, -1))
+        self._lru: OrderedDict[tuple[int, int], None] = OrderedDict()
+
+    def covers(self, layer: int) -> bool:
+        """Every expert of the layer is resident."""
+        return self.resident[layer] == len(self.slot_of[layer])
+
+    def touch(self, layer: int, experts: Iterable[int]) -> None:
+        """Mark resident experts as the most recently used."""
+        for expert in experts:
+            self._lru.move_to_end((layer, int(expert)))
+
+    def take(self, n: int, keep: tuple[int, frozenset[int]] | None = None) -> list[int]:
+        """Free `n` slots, evicting the least recently used; the caller owns them.
+
+        keep: (layer, experts) that must not be evicted. Raises ValueError when
+        fewer than `n` slots can be had; nothing is evicted then.
+        """
+        short = n - len(self.free)
+        if short > 0:
+            victims = []
+            for key in self._lru:
+                if len(victims) == short:
+                    break
+                if keep is None or key[0] != keep[0] or key[1] not in keep[1]:
+                    victims.append(key)
+            if len(victims) < short:
+                raise ValueError(f"{n} slots asked of a pool of {self.slots}")
+            for layer, expert in victims:
+                self.evict(layer, expert)
+        return [self.free.pop() for _ in range(n)]
+
+    def place(self, layer: int, expert: int, slot: int) -> None:
+        """`slot`, owned by the caller, now holds this expert, most recently used."""
+        self.slot_of[layer][expert] = slot
+        self.resident[layer] += 1
+        self._lru[layer, int(expert)] = None
+
+    def evict(self, layer: int, expert: int) -> None:
+        """Forget a resident expert; its slot is free."""
+        del self._lru[layer, expert]
+        self.free.append(int(self.slot_of[layer][expert]))
+        self.slot_of[layer][expert] = -1
+        self.resident[layer] -= 1
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Give back slots that were taken and hold nothing worth keeping."""
+        self.free.extend(slots)

@@ -1,0 +1,117 @@
+"""Run a mixture-of-experts model larger than memory.
+
+    python -m streamer.run --model PATH --memory 8GB --prompt "..."
+    python -m streamer.run --memory 50% --prompt "def "      # the embedded demo
+    python -m streamer.run --model PATH --chat
+
+Text goes to stdout as it is made, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import Interrupted, Parser, bar, command, interruptible, number, say, write_json
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .session import Session
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def parser() -> Parser:
+    p = Parser(prog="streamer run", description="Run a model larger than memory.")
+    p.add_argument("--model", help="folder or repository; the embedded demo when left out")
+    p.add_argument("--prompt", help="the prompt, or - to read it from stdin")
+    p.add_argument("--chat", action="store_true", help="keep a conversation")
+    p.add_argument("--system", help="system prompt of the chat")
+    p.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
+    p.add_argument(
+        "--memory",
+        help="bound on the whole process: 8GB, 50%% (of the experts), min; what can be spared "
+        "when left out",
+    )
+    p.add_argument("--max-tokens", type=number(1, 1 << 30, int), default=256)
+    p.add_argument(
+        "--context", type=number(1, 1 << 30, int), help="tokens to plan the KV cache for"
+    )
+    p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
+    p.add_argument("--top-p", type=number(0, 1), default=1.0)
+    p.add_argument("--top-k", type=number(0, 1 << 30, int), default=0)
+    p.add_argument("--min-p", type=number(0, 1), default=0.0)
+    p.add_argument("--repetition-penalty", type=number(0), default=1.0)
+    p.add_argument("--seed", type=number(0, (1 << 63) - 1, int))
+    p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
+    p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
+    p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.chat and args.prompt is not None:
+        raise UsageError("--chat and --prompt exclude each other")
+    if not args.chat and args.prompt is None:
+        raise UsageError("give --prompt TEXT, --prompt - to read stdin, or --chat")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if prompt == "":
+        raise UsageError("the prompt is empty")
+
+    from .session import Session, open_session
+
+    began = time.perf_counter()
+    session = open_session(args, prompt, DEMO)
+    try:
+        say(session.headline())
+        if args.chat:
+            from .chat import converse
+
+            return converse(session, args)
+        return _once(session, args, time.perf_counter() - began)
+    finally:
+        session.close()
+
+
+def _once(session: Session, args: Any, load_seconds: float) -> int:
+    shown = print_reply(session, session.prompt_tokens)
+    if shown:
+        print(flush=True)
+    say(session.closing())
+    if args.stats:
+        write_json(args.stats, {**session.stats(), "load_seconds": load_seconds})
+    return 130 if session.interrupted else 0
+
+
+def print_reply(session: Session, tokens: list[int]) -> str:
+    """Generate after `tokens`, printing as it comes; Ctrl-C ends it. Returns the text."""
+    text = ""
+    with interruptible() as stopped:
+        try:
+            with bar("prompt") as update:
+
+                def on_prompt(done: int, total: int) -> None:
+                    update(done, total, "tokens")
+                    if stopped():
+                        raise Interrupted
+
+                pieces = session.reply(tokens, on_prompt)
+                first = next(pieces, "")
+            text = first
+            print(first, end="", flush=True)
+            for piece in pieces:
+                text += piece
+                print(piece, end="", flush=True)
+                if stopped():
+                    raise Interrupted
+        except Interrupted:
+            session.interrupt()
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""A loaded model, its tokenizer and one KV cache: what a command line talks to.
+
+Text in, text out, around the token-only engine; keeps the cache between the
+turns of a chat and re-reads only what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .budget import divide
+from .console import bar
+from .engine import Timing, generate
+from .errors import UsageError
+from .footprint import default_budget, format_size, peak_footprint
+from .hub import resolve
+from .load import Streamer, attach, open_tokenizer
+from .opened import open_model
+
+CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is said
+
+
+def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Session:
+    """Open, plan and load as the options say. Raises StreamerError."""
+    path = resolve(args.model) if args.model else demo
+    opened = open_model(path, args.dtype)
+    tokenizer = open_tokenizer(opened)
+    tokens = [] if prompt is None else _encode(tokenizer, prompt, args.raw)
+    context = args.context or (CHAT_CONTEXT if args.chat else len(tokens) + args.max_tokens)
+    if len(tokens) >= context:
+        raise UsageError(f"the prompt has {len(tokens)} tokens and --context is {context}")
+    spare, why = default_budget() if args.memory is None else (None, "")
+    budget = divide(opened, args.memory, context, spare=spare)
+    with bar("loading") as update:
+        model = attach(opened, budget, args.io, lambda what, done, all_: update(done, all_, "MB"))
+    return Session(model, tokenizer, tokens, args, why)
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[int]:
+    if tokenizer.has_chat_template and not raw:
+        return list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True
+            )
+        )
+    tokens = list(tokenizer.encode(prompt))
+    if not tokens:
+        raise UsageError("the prompt has no tokens")
+    return tokens
+
+
+class Session:
+    """One conversation with one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: TokenizerWrapper,
+        prompt_tokens: list[int],
+        args: argparse.Namespace,
+        why: str,
+    ):
+        self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
+        self.streamer: Streamer = model.streamer
+        self.timing = Timing()
+        self.tokens: list[int] = []
+        self.interrupted = False
+        self._args, self._why = args, why
+        self._cache: list[Any] = []
+        self._cached: list[int] = []  # tokens that the cache holds
+        if args.seed is not None:
+            mx.random.seed(args.seed)
+
+    def headline(self) -> str:
+        """What was loaded and what the budget gave."""
+        b, s = self.streamer.budget, self.streamer
+        experts = (
+            f"{s.slots} of {s.total} experts in memory" if s.total else "a dense model, in memory"
+        )
+        if s.total and s.resident:
+            experts = f"all {s.total} experts in memory"
+        why = f" ({self._why})" if self._why else ""
+        return (
+            f"{s.opened.path.name}: budget {format_size(b.limit)}{why}: runtime "
+            f"{format_size(b.runtime)}, trunk {format_size(b.trunk)}, KV {format_size(b.kv)} for "
+            f"{b.context} tokens, workspace {format_size(b.workspace)}, {experts}, reads by {s.io}"
+        )
+
+    def reply(
+        self, tokens: list[int], on_prompt: Callable[[int, int], None]
+    ) -> Iterator[str]:
+        """Pieces of text after `tokens`, a whole conversation; what is cached is not re-read."""
+        tokens = list(tokens)
+        keep = self._reusable(tokens)
+        args = self._args
+        self.timing, self.tokens, self.interrupted = Timing(), [], False
+        stop = frozenset(self.tokenizer.eos_token_ids)
+        detokenizer = self.tokenizer.detokenizer
+        detokenizer.reset()
+        steps = generate(
+            self.model,
+            tokens[keep:],
+            self._cache,
+            max_tokens=args.max_tokens,
+            sampler=make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+            processors=_processors(args.repetition_penalty),
+            stop=stop,
+            timing=self.timing,
+            on_prompt=on_prompt,
+        )
+        self._cached = []  # what it holds is not known while the prompt is read
+        for step in steps:
+            self.tokens.append(step.token)
+            self._cached = (tokens + self.tokens)[: keep + self.timing.cached]
+            if step.token in stop:
+                break
+            detokenizer.add_token(step.token)
+            yield detokenizer.last_segment
+        detokenizer.finalize()
+        yield detokenizer.last_segment
+
+    def interrupt(self) -> None:
+        """The reply was cut short."""
+        self.interrupted = True
+
+    def _reusable(self, tokens: list[int]) -> int:
+        """How many leading tokens the cache already holds; a new cache when none fit."""
+        n = 0
+        for old, new in zip(self._cached, tokens[:-1], strict=False):
+            if old != new:
+                break
+            n += 1
+        surplus = len(self._cached) - n
+        if n and surplus and can_trim_prompt_cache(self._cache):
+            surplus -= trim_prompt_cache(self._cache, surplus)
+        if n and not surplus:  # recurrent states cannot be cut back: they start anew
+            return n
+        self._cache = make_prompt_cache(self.model)
+        return 0
+
+    def closing(self) -> str:
+        """One line: speed, hit rate, bytes read, peak against budget."""
+        t, s = self.timing, self.streamer
+        stats = s.stats()
+        asked = stats["hits"] + stats["misses"]
+        parts = [
+            f"{t.prompt_tokens} prompt tokens, first token after {t.prompt_seconds:.2f} s",
+            f"{t.generated_tokens} tokens at {t.decode_rate:.1f} tok/s",
+        ]
+        if asked:
+            parts.append(f"{stats['hits'] / asked:.0%} of experts hit")
+        parts.append(f"{stats['bytes_read'] / 1e9:.2f} GB read")
+        peak = peak_footprint()
+        parts.append(f"peak {format_size(peak)} of {format_size(s.budget.limit)}")
+        return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
+
+    def stats(self) -> dict[str, Any]:
+        """The `--stats` document."""
+        t, s = self.timing, self.streamer
+        return {
+            "model": str(self._args.model or "demo"),
+            "backend": mx.default_device().type.name,
+            "budget_bytes": s.budget.limit,
+            "peak_bytes": peak_footprint(),
+            "prompt_tokens": t.prompt_tokens,
+            "prompt_seconds": t.prompt_seconds,
+            "generated_tokens": t.generated_tokens,
+            "decode_seconds": t.decode_seconds,
+            "decode_tokens_per_second": t.decode_rate,
+            "tokens": self.tokens,
+            "experts": s.stats(),
+            "syncs": s.counters.syncs,
+            "kv_cache": {
+                "kind": type(self._cache[0]).__name__ if self._cache else "none",
+                "bits": 16 if s.opened.widen is None else 32,
+                "bytes": sum(c.nbytes for c in self._cache),
+            },
+            "finished_at": time.time(),
+        }
+
+    def close(self) -> None:
+        self.streamer.close()
+
+
+def _processors(penalty: float) -> list[Any]:
+    return [] if penalty == 1.0 else make_logits_processors(repetition_penalty=penalty)

@@ -1,0 +1,87 @@
+"""The memory of a pool: one preallocated array per expert tensor, filled by reads.
+
+Row `s` of every array is slot `s`. Reads land in NumPy views of the arrays'
+own buffers, so a byte is copied once, by the kernel. The arrays are never
+assigned to through MLX (that would copy the pool), and a slot may only be
+refilled once everything that reads it has been evaluated.
+
+Where a tensor is held wider than it is stored (bfloat16 scales as float32 on
+CPU), it is read into a small buffer and widened on arrival.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .experts import ExpertFormat, LayerExperts, projections
+from .store import Piece
+from .trace import FILE_SHIFT
+
+_OFFSET = (1 << FILE_SHIFT) - 1
+
+
+class SlotArrays:
+    """`slots` slots of one expert format."""
+
+    def __init__(self, fmt: ExpertFormat, slots: int):
+        self.format = fmt
+        self.arrays: list[mx.array] = []
+        self._bytes: list[np.ndarray] = []  # uint8 [slots, held_bytes], same memory
+        for tensor in fmt:
+            raw = mx.zeros((slots, tensor.held_bytes), dtype=mx.uint8)
+            array = raw.view(tensor.held).reshape(slots, *tensor.shape)
+            mx.eval(raw, array)
+            self.arrays.append(array)
+            self._bytes.append(np.array(raw, copy=False))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
+
+    def pieces(
+        self, layer: LayerExperts, expert: int, slot: int
+    ) -> tuple[list[Piece], list[Callable[[], None]]]:
+        """Reads that fill `slot` with `expert`, and what to call when they are done."""
+        pieces, finish = [], []
+        for tensor, (starts, block), view in zip(
+            layer.format, layer.sources, self._bytes, strict=True
+        ):
+            dest = view[slot]
+            if tensor.stored != tensor.held:
+                dest = np.empty(tensor.stored_bytes, dtype=np.uint8)
+                finish.append(_widening(dest, tensor.stored, view[slot]))
+            memory = memoryview(dest)
+            for i, address in enumerate(starts[expert].tolist()):
+                part = memory[i * block : (i + 1) * block]
+                pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, part))
+        return pieces, finish
+
+    def bind(self, switch: nn.Module) -> nn.Module:
+        """The switch with its stacked weights replaced by the pool: call it with slots."""
+        bound = copy.copy(switch)
+        arrays = {(t.projection, t.kind): a for t, a in zip(self.format, self.arrays, strict=True)}
+        for name, linear in projections(switch):
+            held = copy.copy(linear)
+            for kind in linear.parameters():
+                if (name, kind) in arrays:
+                    held[kind] = arrays[name, kind]
+            bound[name] = held
+        return bound
+
+
+def _widening(stored: np.ndarray, dtype: mx.Dtype, out: np.ndarray) -> Callable[[], None]:
+    """float16 or bfloat16 bytes to float32, exactly."""
+
+    def widen() -> None:
+        wide = out.view(np.float32)
+        if dtype == mx.bfloat16:
+            np.left_shift(stored.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
+        else:
+            wide[:] = stored.view(np.float16)
+
+    return widen
