@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .load import Streamer
+from .loading import Streamer
 
 Sampler = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> token [1]
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits

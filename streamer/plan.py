@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     from .budget import divide
     from .footprint import default_budget
     from .hub import resolve
-    from .load import open_tokenizer
+    from .loading import open_tokenizer
     from .opened import open_model
     from .run import DEMO
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def foresee(opened: Any, budget: Any) -> Forecast:
     """Hit rate, reads and speed that `budget` should give."""
     from .experts import stored_bytes
-    from .load import expert_bytes
+    from .loading import expert_bytes
     from .probe import choose_backend
 
     layers = opened.layers
@@ -139,7 +139,7 @@ def multiply_rate() -> float:
 
 def describe(opened: Any) -> dict[str, Any]:
     """The model's own figures."""
-    from .load import expert_bytes
+    from .loading import expert_bytes
 
     return {
         "model": str(opened.path),
@@ -154,7 +154,7 @@ def describe(opened: Any) -> dict[str, Any]:
 def table(path: Path, opened: Any, budget: Any, forecast: Forecast) -> str:
     """The plan for people."""
     from .footprint import format_size
-    from .load import expert_bytes
+    from .loading import expert_bytes
 
     layers = len(opened.layers)
     rows = [

@@ -23,7 +23,7 @@ from .engine import Timing, generate
 from .errors import UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
-from .load import Streamer, attach, open_tokenizer
+from .loading import Streamer, attach, open_tokenizer
 from .opened import open_model
 
 CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is said

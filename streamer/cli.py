@@ -1,0 +1,35 @@
+"""The console script: `streamer run|plan|bench|convert ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": "generate text or chat with a model larger than memory",
+    "plan": "show what a memory budget buys",
+    "bench": "measure streamed against in-memory decoding",
+    "convert": "rewrite a checkpoint whose experts cannot be paged in place",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to `streamer.<command>.main`; exit code 2 for an unknown command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        given = f"unknown command {argv[0]!r}" if argv else "no command given"
+        print(f"error: {given}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"streamer.{argv[0]}").main(argv[1:])
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
+    return "usage: streamer COMMAND ... (each has --help)\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
