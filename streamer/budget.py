@@ -133,7 +133,9 @@ def _limit(
         except ValueError:
             share = -1.0
         if not 0 < share <= 1:
-            raise UsageError(f"--memory {memory}: a share of the experts lies above 0% and up to 100%")
+            raise UsageError(
+                f"--memory {memory}: a share of the experts lies above 0% and up to 100%"
+            )
         workspace = chunk_workspace(opened, _wanted_chunk(opened, context, full), context)
         return max(smallest, fixed + workspace + int(share * full))
     return parse_size(memory)

@@ -13,6 +13,7 @@ that each is read once and what decoding uses stays.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
 from .pool import SlotPool
 from .slots import SlotArrays
@@ -49,6 +51,10 @@ class Reading:
     def __init__(self, ticket: Ticket, finish: Sequence[Callable[[], None]]):
         self._ticket, self._finish = ticket, finish
 
+    @property
+    def done(self) -> bool:
+        return self._ticket.done
+
     def wait(self) -> None:
         """Block until every byte is in place. Raises StreamerError on a failed read."""
         self._ticket.wait()
@@ -73,10 +79,21 @@ class Executor:
         self._store = store
         self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
+        self._readings: list[Reading] = []
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
 
     def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
-        """x [..., D], indices [..., k] -> [..., k, D]; `inner` is bound to the pool."""
+        """x [..., D], indices [..., k] -> [..., k, D]; `inner` is bound to the pool.
+
+        Raises StreamerError when a read fails; the pool is then empty and usable.
+        """
+        try:
+            return self._run(layer, inner, x, indices)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _run(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         if self.pool.covers(layer):
             return self._covered(layer, inner, x, indices)
         ids = np.array(indices)
@@ -114,7 +131,21 @@ class Executor:
             more, after = self.arrays.pieces(self.layers[layer], int(expert), slot)
             pieces += more
             finish += after
-        return Reading(self._store.read(pieces), finish)
+        self._readings = [r for r in self._readings if not r.done]
+        reading = Reading(self._store.read(pieces), finish)
+        self._readings.append(reading)
+        return reading
+
+    def _abandon(self) -> None:
+        """Forget every resident expert: after a failure none is known to be whole."""
+        for reading in self._readings:
+            with contextlib.suppress(StreamerError):
+                reading.wait()
+        self._readings.clear()
+        self._unsettled.clear()
+        self._unread.clear()
+        self._tables.clear()
+        self.pool = SlotPool(self.pool.slots, [layer.count for layer in self.layers])
 
     def fill(self, progress: Callable[[int, int], None]) -> None:
         """Read everything into a pool that holds it all; progress(bytes done, in all)."""

@@ -97,7 +97,9 @@ def open_model(path: Path, dtype: str = "auto") -> Opened:
     except StreamerError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not load as {_name(checkpoint)}: {_line(error)}") from error
+        raise CheckpointError(
+            f"{path} does not load as {_name(checkpoint)}: {_line(error)}"
+        ) from error
     layers = find_experts(model, path, widen)
     top_k, caches = _shapes(model)
     return Opened(path, checkpoint, config, model, layers, top_k, widen, caches)

@@ -99,9 +99,7 @@ def active_weights(opened: Any) -> int:
     for path, array in trunk_parameters(opened.model):
         if array.ndim >= 2 and not path.endswith(("scales", "biases", "embed_tokens.weight")):
             trunk += array.size * (32 // _bits(opened, path, array))
-    experts = sum(
-        opened.top_k * _expert_weights(opened, layer.switch) for layer in opened.layers
-    )
+    experts = sum(opened.top_k * _expert_weights(opened, layer.switch) for layer in opened.layers)
     return trunk + experts
 
 

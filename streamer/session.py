@@ -95,9 +95,7 @@ class Session:
             f"{b.context} tokens, workspace {format_size(b.workspace)}, {experts}, reads by {s.io}"
         )
 
-    def reply(
-        self, tokens: list[int], on_prompt: Callable[[int, int], None]
-    ) -> Iterator[str]:
+    def reply(self, tokens: list[int], on_prompt: Callable[[int, int], None]) -> Iterator[str]:
         """Pieces of text after `tokens`, a whole conversation; what is cached is not re-read."""
         tokens = list(tokens)
         keep = self._reusable(tokens)

@@ -69,9 +69,7 @@ class Source:
             n, *rest = source.inner
             first, last, _ = part.indices(n)
             skip = first * math.prod(rest) * source.itemsize
-            return Source(
-                source.starts + skip, (max(last - first, 0), *rest), source.itemsize
-            )
+            return Source(source.starts + skip, (max(last - first, 0), *rest), source.itemsize)
         source = self.expand(axis + 1)
         return Source(source.starts[(slice(None),) * axis + (part,)], source.inner, self.itemsize)
 

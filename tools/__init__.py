@@ -1,0 +1,1 @@
+"""Command-line tools: train the demo model, make, inflate, convert and trace checkpoints."""
