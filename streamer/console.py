@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from .errors import StreamerError, UsageError
 
@@ -46,7 +46,13 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     return parse
 
 
-def command(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+class Main(Protocol):
+    """A command line: `main(argv)`, sys.argv when left out."""
+
+    def __call__(self, argv: list[str] | None = None) -> int: ...
+
+
+def command(main: Main) -> Main:
     """Decorate a `main(argv)`: a StreamerError becomes one line on stderr and exit code 2."""
 
     def run(argv: list[str] | None = None) -> int:

@@ -69,22 +69,23 @@ def generate(
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens after `tokens`; the one in `stop` is the last.
 
-    cache: mlx-lm's prompt cache, updated in place; `timing.cached` says how far. on_prompt(done, total) is called in prefill.
+    cache: mlx-lm's prompt cache, updated in place; `timing.cached` says how far.
+    on_prompt(done, total) is called in prefill.
     Raises BudgetError when the process cannot stay within its budget.
     """
     timing = timing if timing is not None else Timing()
     streamer: Streamer = model.streamer
     began = time.perf_counter()
     _prefill(model, tokens, cache, timing, on_prompt)
-    history = mx.array(tokens) if processors else None
+    history = mx.array(list(tokens)) if processors else None
     run = _Pass(model, cache, sampler, processors, history, timing)
-    step = run(mx.array(tokens[-1:]))
+    step = run(mx.array(list(tokens[-1:])))
     on_prompt(len(tokens), len(tokens))
     timing.prompt_tokens += len(tokens)
     for n in range(1, max_tokens + 1):
         # with no read-back inside a pass, the next one is queued before this token is looked at
         ahead = run(step[0]) if streamer.resident and n < max_tokens else None
-        token = int(step[0].item())
+        token = int(step[0].item())  # type: ignore[arg-type]
         now = time.perf_counter()
         if n == 1:
             timing.prompt_seconds += now - began
@@ -144,7 +145,7 @@ def _prefill(
     on_prompt(0, len(tokens))
     while (left := len(tokens) - 1 - timing.cached) > 0:
         part = tokens[timing.cached : timing.cached + min(chunk, left)]
-        model(mx.array(part)[None], cache=cache)
+        model(mx.array(list(part))[None], cache=cache)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
         streamer.check()

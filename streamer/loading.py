@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,7 @@ from .footprint import default_budget, footprint, format_size
 from .hub import resolve
 from .opened import Opened, load_trunk, open_model
 from .probe import choose_backend
-from .store import Store
+from .store import Backend, Store
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -201,7 +201,7 @@ def _open_store(opened: Opened, budget: Budget, io: str) -> tuple[Store | None, 
         return None, "none"
     files = opened.checkpoint.files
     if io != "auto":
-        return Store(files, backend=io), io
+        return Store(files, backend=cast(Backend, io)), io
     choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))
     return Store(files, backend=choice.backend, drop_behind=choice.drop_behind), choice.backend
 

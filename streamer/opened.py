@@ -108,8 +108,8 @@ def open_model(path: Path, dtype: str = "auto") -> Opened:
 def trunk_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, parameter) of everything outside the routed experts."""
     inside = tuple(f"{path}." for path, module in model.named_modules() if is_switch(module))
-    flat = tree_flatten(model.parameters())
-    return [(p, a) for p, a in flat if not inside or not p.startswith(inside)]
+    flat = dict(tree_flatten(model.parameters()))
+    return [(p, a) for p, a in flat.items() if not inside or not p.startswith(inside)]
 
 
 def load_trunk(opened: Opened, progress: Callable[[int], None]) -> None:
@@ -161,7 +161,7 @@ def _cache_bytes(cache: Any, rows: int) -> int:
         return sum(_cache_bytes(c, rows) for c in cache.caches)
     limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
     total = 0
-    for _, array in tree_flatten(list(_cache_arrays(cache))):
+    for array in _cache_arrays(cache):
         if array.ndim == 4 and hasattr(cache, "keys"):
             total += array.nbytes // array.shape[2] * min(rows, (limit or rows) + KV_STEP)
         else:
@@ -169,9 +169,9 @@ def _cache_bytes(cache: Any, rows: int) -> int:
     return total
 
 
-def _cache_arrays(cache: Any) -> list[Any]:
-    parts = [cache.keys, cache.values] if hasattr(cache, "keys") else list(cache.state)
-    return [p for p in parts if p is not None]
+def _cache_arrays(cache: Any) -> list[mx.array]:
+    parts = [cache.keys, cache.values] if hasattr(cache, "keys") else cache.state
+    return [array for array in dict(tree_flatten(list(parts))).values() if array is not None]
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -11,6 +11,7 @@ the skewed use seen on a trained model at the other.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -85,7 +86,7 @@ def foresee(opened: Any, budget: Any) -> Forecast:
     rate, reason = float("inf"), "nothing is read"
     if layers:
         files = opened.checkpoint.files
-        choice = choose_backend(files, expert_bytes(opened), budget.limit)
+        choice = choose_backend(files, expert_bytes(opened), budget.limit - budget.runtime)
         rate, reason = choice.bandwidth_bytes_per_s, choice.reason
     speed = tuple(1 / (compute + r / rate) for r in reads)
     return Forecast(hits, reads, compute, (speed[0], speed[1]), rate, reason)
@@ -186,7 +187,7 @@ def table(path: Path, opened: Any, budget: Any, forecast: Forecast) -> str:
 
 
 def _lru_hits(share: float) -> float:
-    for (x0, y0), (x1, y1) in zip(LRU_HITS, LRU_HITS[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(LRU_HITS):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0

@@ -45,7 +45,7 @@ class SlotPool:
         """
         short = n - len(self.free)
         if short > 0:
-            victims = []
+            victims: list[tuple[int, int]] = []
             for key in self._lru:
                 if len(victims) == short:
                     break

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if prompt == "":
         raise UsageError("the prompt is empty")
 
-    from .session import Session, open_session
+    from .session import open_session
 
     began = time.perf_counter()
     session = open_session(args, prompt, DEMO)

@@ -114,8 +114,8 @@ class TracedArray(mx.array):
         inner = (*self.source.inner[:-1], out.shape[-1])
         return _traced(out, Source(self.source.starts, inner, dtype.size))
 
-    def astype(self, dtype: mx.Dtype, **kwargs: Any) -> mx.array:
-        return self if dtype == self.dtype else self.plain.astype(dtype, **kwargs)
+    def astype(self, dtype: mx.Dtype, stream: Any = None) -> mx.array:
+        return self if dtype == self.dtype else self.plain.astype(dtype, stream=stream)
 
     def split(self, *args: Any, **kwargs: Any) -> Any:
         return mx.split(self, *args, **kwargs)

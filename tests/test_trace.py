@@ -1,7 +1,5 @@
 """What a traced array says of its bytes, against the bytes themselves."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest

@@ -1,0 +1,257 @@
+"""The expert store: byte ranges of the checkpoint's files, read into given memory.
+
+`Store.read(pieces)` queues reads and returns at once; a few threads do them, and
+`Ticket.wait()` returns when all of a call's bytes are there. Ranges that are
+neighbours in a file become one read with several destinations, and large reads
+are cut so that all threads share them. `streamer.backends` has the ways to
+read, `streamer.probe` picks one.
+
+First come, first served: there are no priorities, and a queued read cannot be
+taken back. Nothing is cached and duplicates are read twice.
+
+    with Store([path], backend="pread") as store:
+        buffer = bytearray(1 << 20)
+        store.read([Piece(0, 4096, memoryview(buffer))]).wait()
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from .backends import Direct, Mapped, Pread
+from .errors import StreamerError, UsageError
+from .ranges import Piece, Run, cut, merge
+
+__all__ = ["BACKENDS", "Backend", "Counters", "Piece", "Store", "Ticket"]
+
+Backend = Literal["mmap", "pread", "direct"]
+BACKENDS: tuple[Backend, ...] = ("pread", "mmap", "direct")  # simplest first
+
+# 4 to 8 reads in flight saturate a disk; more threads than cores and 4 only contend.
+THREADS = min(8, max(4, os.cpu_count() or 1))
+CHUNK_MIN, CHUNK_MAX = 256 << 10, 1 << 20  # bytes of one read, where cutting is possible
+
+
+@dataclass
+class Counters:
+    """bytes_read: asked of the kernel, with small gaps between pieces and what `direct`
+    adds to fill blocks; reads: reads made, after merging and cutting; wait_seconds:
+    spent in `Ticket.wait`."""
+
+    bytes_read: int = 0
+    reads: int = 0
+    wait_seconds: float = 0.0
+
+
+class Ticket:
+    """The reads of one `Store.read` call."""
+
+    __slots__ = ("_busy", "_error", "_left", "_store")
+
+    def __init__(self, store: Store, reads: int):
+        self._store = store  # a store lives as long as it is being waited for
+        self._left = reads
+        self._error: StreamerError | None = None
+        self._busy = threading.Lock()  # released with the last read
+        self._busy.acquire()
+
+    @property
+    def done(self) -> bool:
+        """All bytes are there, or will never be."""
+        return not self._left
+
+    def wait(self) -> None:
+        """Return when no read of this ticket is under way any more.
+
+        Raises the first error, a StreamerError naming file and offset. After a
+        KeyboardInterrupt reads may still land: wait again before the
+        destinations are used for anything else.
+        """
+        if not self.done:
+            began = time.perf_counter()
+            with self._busy:
+                pass
+            self._store._waited(time.perf_counter() - began)
+        if self._error is not None:
+            raise self._error
+
+
+Job = tuple[Ticket, Run]
+
+
+class Store:
+    """The files of one model.
+
+    files: opened at once, addressed by index. backend: see `streamer.backends`.
+    drop_behind: keep nothing in the page cache (`direct` never does).
+    threads: reads in flight. throttle: bytes per second that all reads together
+    may take, to imitate a slower disk in benchmarks; only ever slows down.
+
+    Raises StreamerError when a file cannot be opened or the back end does not
+    work there, UsageError for senseless options.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        backend: Backend = "pread",
+        drop_behind: bool = False,
+        threads: int = THREADS,
+        throttle: float | None = None,
+    ):
+        if threads < 1:
+            raise UsageError(f"an expert store needs at least one thread, not {threads}")
+        if throttle is not None and not throttle > 0:
+            raise UsageError(f"a disk cannot be throttled to {throttle} bytes per second")
+        if backend not in BACKENDS:
+            raise UsageError(f"no I/O back end {backend!r}; there are {', '.join(BACKENDS)}")
+        self.files = [Path(f) for f in files]
+        self.backend = backend
+        self.drop_behind = drop_behind or backend == "direct"
+        self.threads = threads
+        self.counters = Counters()
+        source: Pread
+        if backend == "direct":
+            source = Direct(self.files)
+        elif backend == "mmap":
+            source = Mapped(self.files, drop_behind)
+        else:
+            source = Pread(self.files, drop_behind)
+        # Workers hold the engine, not the store, so that a forgotten store closes itself.
+        self._engine = _Engine(self.files, source, self.counters, throttle)
+        self._lock = threading.Lock()
+        self._close = weakref.finalize(self, self._engine.stop)
+
+    def read(self, pieces: Sequence[Piece]) -> Ticket:
+        """Queue the pieces; their destinations must stay untouched until the ticket is done.
+
+        Raises StreamerError when the store is closed, IndexError for unknown files.
+        """
+        runs = merge(pieces)
+        if runs:
+            if runs[0].file < 0 or runs[-1].file >= len(self.files):
+                raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
+            size = -(-sum(run.nbytes for run in runs) // self.threads)
+            size = min(max(size, CHUNK_MIN), CHUNK_MAX)
+            runs = [c for run in runs for c in cut(run, size)]
+        ticket = Ticket(self, len(runs))
+        with self._lock:
+            if not self._close.alive:
+                raise StreamerError("the expert store is closed")
+            self._engine.put([(ticket, run) for run in runs], self.threads)
+        return ticket
+
+    def close(self) -> None:
+        """Finish reads under way, fail those still queued, close the files. Idempotent."""
+        with self._lock:
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _waited(self, seconds: float) -> None:
+        with self._engine.lock:
+            self.counters.wait_seconds += seconds
+
+
+class _Engine:
+    """The queue and its threads, which start with the first read."""
+
+    def __init__(
+        self, files: list[Path], source: Pread, counters: Counters, throttle: float | None
+    ):
+        self.files = files
+        self.source = source
+        self.counters = counters
+        self.lock = threading.Lock()
+        self._throttle = throttle
+        self._free_at = 0.0  # when the throttled disk will have done all it has accepted
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def put(self, jobs: Iterable[Job], threads: int) -> None:
+        if not self._threads:
+            for i in range(threads):
+                thread = threading.Thread(target=self._work, name=f"expert-read-{i}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        for job in jobs:
+            self._queue.put(job)
+
+    def stop(self) -> None:
+        while True:
+            try:
+                job = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if job is not None:
+                ticket, run = job
+                self._finish(ticket, self._error(run, "the expert store was closed"))
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            # The last reference to a store may go, and so close it, in any thread.
+            if thread is not threading.current_thread():
+                thread.join()
+        self.source.close()
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            self._do(*job)
+            del job
+
+    def _do(self, ticket: Ticket, run: Run) -> None:
+        if ticket._error is not None:
+            self._finish(ticket)
+            return
+        error, asked = None, 0
+        until = self._reserve(run.nbytes)
+        try:
+            asked = self.source.fetch(*run)
+        except EOFError:
+            error = self._error(run, "the file is too short; was it truncated?")
+        except OSError as problem:
+            error = self._error(run, problem.strerror or str(problem))
+            error.__cause__ = problem
+        except Exception as problem:  # a thread that dies would leave its waiters waiting
+            error = self._error(run, repr(problem))
+            error.__cause__ = problem
+        if until:
+            time.sleep(max(0.0, until - time.monotonic()))
+        self._finish(ticket, error, asked)
+
+    def _reserve(self, nbytes: int) -> float:
+        if self._throttle is None:
+            return 0.0
+        with self.lock:
+            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._throttle
+            return self._free_at
+
+    def _finish(self, ticket: Ticket, error: StreamerError | None = None, asked: int = 0) -> None:
+        with self.lock:
+            self.counters.reads += asked > 0
+            self.counters.bytes_read += asked
+            if ticket._error is None:
+                ticket._error = error
+            ticket._left -= 1
+            done = not ticket._left
+        if done:
+            ticket._busy.release()
+
+    def _error(self, run: Run, why: str) -> StreamerError:
+        path = self.files[run.file]
+        return StreamerError(
+            f"cannot read {run.nbytes} bytes at offset {run.offset} of {path}: {why}"
+        )
