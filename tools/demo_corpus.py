@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import sys
 import sysconfig
@@ -175,6 +176,28 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     rows: list[np.ndarray] = []
     for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
         rows.append(np.array([end, *encoding.ids], dtype=np.int16))
+    return np.concatenate(rows)
+
+
+def encode_cut(tokenizer: Tokenizer, texts: list[str], every: int, seed: int) -> np.ndarray:
+    """As `encode`, of texts cut at random about `every` characters.
+
+    A prompt may end anywhere, `def ` before a name for one, where the tokens of
+    whole files never end. Training on pieces encoded apart makes that familiar.
+    """
+    rng = np.random.default_rng(seed)
+    pieces: list[str] = []
+    starts: list[bool] = []
+    for text in texts:
+        cuts = np.flatnonzero(rng.random(len(text)) < 1 / every).tolist()
+        parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        pieces += parts
+        starts += [True] + [False] * (len(parts) - 1)
+    end = tokenizer.token_to_id(END)
+    rows: list[np.ndarray] = []
+    encodings = tokenizer.encode_batch(pieces, add_special_tokens=False)
+    for first, encoding in zip(starts, encodings, strict=True):
+        rows.append(np.array([end, *encoding.ids] if first else encoding.ids, dtype=np.int16))
     return np.concatenate(rows)
 
 

@@ -138,6 +138,9 @@ class Training:
             self.tokenizer = Tokenizer.from_file(str(options.resume / "tokenizer.json"))
             config = resumed.config
         self.train_ids = self._ids(train)
+        if options.cut:
+            cut = demo_corpus.encode_cut(self.tokenizer, train, options.cut, options.seed)
+            self.train_ids = torch.cat([self.train_ids, torch.from_numpy(cut).to(self.device)])
         self.held_out_ids = self._ids(list(corpus.held_out.values()))
         self.facts: dict[str, Any] = {
             "train_files": len(corpus.train),

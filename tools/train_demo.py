@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dropout", type=float, default=0.0)
     result.add_argument("--mtp-weight", type=float, default=0.3)
     result.add_argument("--recursion", type=float, default=0.0, help="second head step's weight")
+    result.add_argument("--cut", type=int, default=60, help="train also on texts cut about here")
     result.add_argument("--vocabulary", type=int, default=2048)
     result.add_argument("--hidden", type=int, default=256)
     result.add_argument("--layers", type=int, default=8)
