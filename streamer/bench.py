@@ -176,7 +176,7 @@ def _in_memory(path: Path, job: dict[str, Any]) -> Any:
     mx.clear_cache()
 
     def run(tokens: list[int], n: int) -> dict[str, Any]:
-        out = []
+        out: list[int] = []
         began = time.perf_counter()
         for token, _ in generate_step(mx.array(tokens), model, max_tokens=n):
             if not out:
@@ -198,7 +198,8 @@ def _streamed(path: Path, job: dict[str, Any]) -> Any:
     counters = model.streamer.counters
 
     def run(tokens: list[int], n: int) -> dict[str, Any]:
-        timing, out = Timing(), []
+        timing = Timing()
+        out: list[int] = []
         before = (0, 0, 0)
         for step in generate(model, tokens, make_prompt_cache(model), max_tokens=n, timing=timing):
             if not out:  # the prompt's reads are not decoding's
@@ -264,7 +265,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{r['bytes_per_token'] / 1e6:.1f}" if "bytes_per_token" in r else "",
             f"{r['peak_bytes'] / 1e6:.0f} MB",
             f"{r['roofline']:.0%}" if "roofline" in r else "",
-            {True: "same", False: "DIFFERENT"}.get(r.get("same_tokens"), ""),
+            {True: "same", False: "DIFFERENT"}.get(r.get("same_tokens", ""), ""),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

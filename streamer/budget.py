@@ -79,16 +79,23 @@ def divide(
     fixed = runtime + trunk + kv
     smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context) + floor
 
-    limit = _limit(memory, spare, smallest, fixed, opened, context, full)
-    if limit < smallest:
-        raise BudgetError(
-            f"{opened.path.name} does not run in {format_size(limit)}: the smallest budget that "
-            f"works is {format_size(smallest)} (runtime {format_size(runtime)}, trunk "
-            f"{format_size(trunk)}, KV of {context} tokens {format_size(kv)}, workspace and "
-            f"{sum(least.values())} expert slots {format_size(smallest - fixed)})"
-        )
-    chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
-    room = limit - fixed - workspace
+    share = _percentage(memory)
+    if share is not None:
+        chunk = _wanted_chunk(opened, context, full)
+        workspace = chunk_workspace(opened, chunk, context)
+        room = max(floor, int(share * full))
+        limit = fixed + workspace + room
+    else:
+        limit = _limit(memory, spare, smallest)
+        if limit < smallest:
+            raise BudgetError(
+                f"{opened.path.name} does not run in {format_size(limit)}: the smallest budget "
+                f"that works is {format_size(smallest)} (runtime {format_size(runtime)}, trunk "
+                f"{format_size(trunk)}, KV of {context} tokens {format_size(kv)}, workspace and "
+                f"{sum(least.values())} expert slots {format_size(smallest - fixed)})"
+            )
+        chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
+        room = limit - fixed - workspace
     slots = _share(groups, least, counts, min(room, full))
     pool = sum(n * held_bytes(fmt) for fmt, n in slots.items())
     return Budget(
@@ -111,34 +118,25 @@ def with_slots(budget: Budget, slots: tuple[int, ...], pool: int) -> Budget:
     return dataclasses.replace(budget, slots=slots, pool=pool)
 
 
-def _limit(
-    memory: str | int | None,
-    spare: int | None,
-    smallest: int,
-    fixed: int,
-    opened: Opened,
-    context: int,
-    full: int,
-) -> int:
+def _percentage(memory: str | int | None) -> float | None:
+    """The share of 'N%', or None for another form."""
+    if not isinstance(memory, str) or not memory.strip().endswith("%"):
+        return None
+    try:
+        share = float(memory.strip()[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--memory {memory}: a share of the experts lies above 0% and up to 100%")
+    return share
+
+
+def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:
     if memory is None:
         return spare if spare is not None else smallest
     if isinstance(memory, int):
         return memory
-    text = memory.strip().lower()
-    if text == "min":
-        return smallest
-    if text.endswith("%"):
-        try:
-            share = float(text[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0 < share <= 1:
-            raise UsageError(
-                f"--memory {memory}: a share of the experts lies above 0% and up to 100%"
-            )
-        workspace = chunk_workspace(opened, _wanted_chunk(opened, context, full), context)
-        return max(smallest, fixed + workspace + int(share * full))
-    return parse_size(memory)
+    return smallest if memory.strip().lower() == "min" else parse_size(memory)
 
 
 def _wanted_chunk(opened: Opened, context: int, full: int) -> int:

@@ -266,8 +266,8 @@ class Executor:
         return max(1, min(SCRATCH_BATCH, self.pool.slots // 16))
 
     def _disk_order(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        starts, _ = self.layers[layer].sources[0]
-        return experts[np.argsort(starts[experts, 0], kind="stable")]
+        starts = self.layers[layer].starts[0]
+        return experts[np.argsort(starts[experts], kind="stable")]
 
     def _slots(self, layer: int, ids: np.ndarray) -> mx.array:
         return mx.array(self.pool.slot_of[layer][ids])

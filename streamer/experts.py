@@ -23,9 +23,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .errors import LayoutError
-from .trace import Source, source_of
-
-MAX_BLOCKS = 64  # byte ranges per tensor of one expert; more means an interleaved layout
+from .trace import source_of
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,15 @@ class LayerExperts:
     """The experts of one MoE layer.
 
     path: module path in the model; switch: the module, whose parameters are
-    still lazy; sources: for each tensor of the format the addresses, int64
-    `[experts, blocks]`, of its blocks and the bytes of a block.
+    still lazy; starts: for each tensor of the format the address of every
+    expert's part, int64 `[experts]` (see `streamer.trace.FILE_SHIFT`).
     """
 
     path: str
     switch: nn.Module
     count: int
     format: ExpertFormat
-    sources: tuple[tuple[np.ndarray, int], ...]
+    starts: tuple[np.ndarray, ...]
 
 
 def is_switch(module: nn.Module) -> bool:
@@ -89,6 +87,14 @@ def projections(switch: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The stacked linear layers of a switch: gate/up/down or fc1/fc2."""
     for name, child in switch.children().items():
         if isinstance(child, (SwitchLinear, QuantizedSwitchLinear)):
+            yield name, child
+
+
+def extras(switch: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of a switch that are not expert weights, e.g. muse_spark's post_expert_norm."""
+    held = {name for name, _ in projections(switch)}
+    for name, child in switch.children().items():
+        if name not in held and isinstance(child, nn.Module) and name != "activation":
             yield name, child
 
 
@@ -107,7 +113,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) -> LayerExperts:
-    tensors, sources, count = [], [], 0
+    tensors, starts, count = [], [], 0
     for projection, linear in projections(switch):
         for kind, array in linear.parameters().items():
             name = f"{path}.{projection}.{kind}"
@@ -117,31 +123,15 @@ def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) 
             source = source_of(array)
             if source is None:
                 raise LayoutError(_refusal(root, f"{name} is not stored as it is used"))
-            starts, block = _per_expert(source)
-            if starts.shape[1] > MAX_BLOCKS:
-                raise LayoutError(
-                    _refusal(root, f"{name} is interleaved: {starts.shape[1]} ranges an expert")
-                )
+            parts = source.expand(1)
+            if parts.starts.ndim > 1:
+                raise LayoutError(_refusal(root, f"the rows of {name} are scattered"))
             floating = mx.issubdtype(array.dtype, mx.floating)
             held = widen if widen is not None and floating else array.dtype
             shape = tuple(array.shape[1:])
             tensors.append(ExpertTensor(projection, kind, shape, array.dtype, held))
-            sources.append((starts, block))
-    return LayerExperts(path, switch, count, tuple(tensors), tuple(sources))
-
-
-def _per_expert(source: Source) -> tuple[np.ndarray, int]:
-    """Block addresses `[experts, blocks]`, neighbours merged."""
-    source = source.expand(1)
-    starts = source.starts.reshape(source.starts.shape[0], -1)
-    block = source.block_bytes
-    while starts.shape[1] > 1 and starts.shape[1] % 2 == 0:
-        if not np.all(starts[:, 1::2] - starts[:, ::2] == block):
-            break
-        starts, block = starts[:, ::2], block * 2
-    if starts.shape[1] > 1 and np.all(np.diff(starts, axis=1) == block):
-        starts, block = starts[:, :1], block * starts.shape[1]
-    return np.ascontiguousarray(starts), block
+            starts.append(parts.starts)
+    return LayerExperts(path, switch, count, tuple(tensors), tuple(starts))
 
 
 def _refusal(root: Path, what: str) -> str:

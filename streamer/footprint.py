@@ -21,6 +21,7 @@ from .errors import UsageError
 PAGE = os.sysconf("SC_PAGE_SIZE")
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a huge number
 CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 RESERVE = 2 << 30
 
 _UNITS = {"": 1, "B": 1}
@@ -44,12 +45,18 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def format_size(nbytes: int) -> str:
-    """'7.5 GB', '512 MB', '64 kB', in units of 1024."""
+def format_size(nbytes: int, *, up: bool = False) -> str:
+    """'7.5 GB', '512 MB', '64.0 kB', in units of 1024; `parse_size` reads it back.
+
+    up: never less than nbytes, for a size that someone will ask for.
+    """
     for unit, scale in (("GB", 1 << 30), ("MB", 1 << 20), ("kB", 1 << 10)):
         if nbytes >= scale:
             value = nbytes / scale
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            steps = 10 if value < 100 else 1
+            if up:
+                value = math.ceil(value * steps) / steps
+            return f"{value:.1f} {unit}" if steps == 10 else f"{value:.0f} {unit}"
     return f"{nbytes} B"
 
 
@@ -97,17 +104,18 @@ def _cgroups() -> list[tuple[int, int]]:
     """(limit, bytes used that cannot be reclaimed) of each limiting memory cgroup."""
     found = []
     for folder in _cgroup_folders():
-        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes")
-        if limit is None or used is None or limit >= UNLIMITED:
-            continue
-        found.append((limit, max(0, used - _reclaimable(folder))))
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        # above memory.high the kernel does not kill, it slows to a crawl
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _number(folder, name)
+            if limit is not None and used is not None and limit < UNLIMITED:
+                found.append((limit, max(0, used - _reclaimable(folder))))
     return found
 
 
 def _cgroup_folders() -> list[Path]:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
         return []
     folders: list[Path] = []
@@ -120,15 +128,19 @@ def _cgroup_folders() -> list[Path]:
         else:
             continue
         folder = root / path.lstrip("/")
+        # a path from outside a namespace does not exist here, but its root is the group's own
         folders += [folder, *(p for p in folder.parents if p == root or root in p.parents)]
     return folders
 
 
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
+def _number(folder: Path, *names: str) -> int | None:
+    """The number in the first of the files that holds one."""
+    for name in names:
+        try:
+            return int((folder / name).read_text())
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return None
 
 
 def _reclaimable(folder: Path) -> int:
@@ -141,14 +153,15 @@ def _reclaimable(folder: Path) -> int:
 
 
 class _RusageInfoV4(ctypes.Structure):
-    """rusage_info_v4 of macOS <sys/resource.h>."""
+    """rusage_info_v4 of macOS <sys/resource.h>: a 16-byte uuid, then 35 counters of 64 bits."""
 
     _fields_ = [
         ("ri_uuid", ctypes.c_uint8 * 16),
-        *(
-            (name, ctypes.c_uint64)
-            for name in ["ri_user_time", "ri_system_time", "ri_pkg_idle_wkups", "ri_interrupt_wkups", "ri_pageins", "ri_wired_size", "ri_resident_size", "ri_phys_footprint", "ri_proc_start_abstime", "ri_proc_exit_abstime", "ri_child_user_time", "ri_child_system_time", "ri_child_pkg_idle_wkups", "ri_child_interrupt_wkups", "ri_child_pageins", "ri_child_elapsed_abstime", "ri_diskio_bytesread", "ri_diskio_byteswritten", "ri_cpu_time_qos_default", "ri_cpu_time_qos_maintenance", "ri_cpu_time_qos_background", "ri_cpu_time_qos_utility", "ri_cpu_time_qos_legacy", "ri_cpu_time_qos_user_initiated", "ri_cpu_time_qos_user_interactive", "ri_billed_system_time", "ri_serviced_system_time", "ri_logical_writes", "ri_lifetime_max_phys_footprint", "ri_instructions", "ri_cycles", "ri_billed_energy", "ri_serviced_energy", "ri_interval_max_phys_footprint", "ri_runnable_time"]
-        ),
+        ("times_to_resident_size", ctypes.c_uint64 * 7),
+        ("ri_phys_footprint", ctypes.c_uint64),
+        ("starts_to_logical_writes", ctypes.c_uint64 * 20),
+        ("ri_lifetime_max_phys_footprint", ctypes.c_uint64),
+        ("instructions_to_runnable_time", ctypes.c_uint64 * 6),
     ]
 
 

@@ -111,9 +111,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, size: int) -> Tensor:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(n) is int and 0 <= n < 1 << 63 for n in value
-    )
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _check_cover(path: Path, tensors: list[Tensor], data: int, size: int) -> None:

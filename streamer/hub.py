@@ -50,8 +50,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is neither a folder here nor in the local cache, "
-            "and the hub cannot be reached"
+            f"{name} is neither a folder here nor in the local cache, and the hub cannot be reached"
         ) from error
     except Exception as error:  # httpx, OSError: the network has many ways to fail
         text = " ".join(str(error).split())[:160]

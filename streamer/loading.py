@@ -24,7 +24,7 @@ from mlx_lm.utils import load_tokenizer
 from .budget import Budget, divide, with_slots
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Counters, Executor
-from .experts import LayerExperts, held_bytes, stored_bytes
+from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size
 from .hub import resolve
 from .opened import Opened, load_trunk, open_model
@@ -43,6 +43,8 @@ class StreamedSwitch(nn.Module):
         self.__dict__["_run"] = executor
         self.__dict__["_layer"] = layer
         self.__dict__["_inner"] = executor.arrays.bind(switch)
+        for name, child in extras(switch):
+            self[name] = child
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         return self._run(self._layer, self._inner, x, indices)

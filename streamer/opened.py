@@ -7,7 +7,6 @@ costs. The planner and the loader both start here, so they cannot disagree.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, StreamerError
-from .experts import ExpertFormat, LayerExperts, find_experts, is_switch, stored_bytes
+from .experts import (
+    ExpertFormat,
+    LayerExperts,
+    extras,
+    find_experts,
+    is_switch,
+    projections,
+    stored_bytes,
+)
 from .trace import plain, tracing
 
 KV_STEP = 256  # mlx-lm's caches grow by this many tokens
@@ -94,20 +101,25 @@ def open_model(path: Path, dtype: str = "auto") -> Opened:
     try:
         with tracing(checkpoint):
             model, config = mlx_lm.utils.load_model(path, lazy=True)
+        top_k, caches = _shapes(model)
     except StreamerError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not load as {_name(checkpoint)}: {_line(error)}"
-        ) from error
+    except Exception as error:  # a model file may stumble over a configuration anywhere
+        name = checkpoint.config["model_type"]
+        raise CheckpointError(f"{path} does not load as {name!r}: {_line(error)}") from error
     layers = find_experts(model, path, widen)
-    top_k, caches = _shapes(model)
+    _check_runs_here(path, layers)
     return Opened(path, checkpoint, config, model, layers, top_k, widen, caches)
 
 
 def trunk_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     """(path, parameter) of everything outside the routed experts."""
-    inside = tuple(f"{path}." for path, module in model.named_modules() if is_switch(module))
+    inside = tuple(
+        f"{path}.{name}."
+        for path, module in model.named_modules()
+        if is_switch(module)
+        for name, _ in projections(module)
+    )
     flat = dict(tree_flatten(model.parameters()))
     return [(p, a) for p, a in flat.items() if not inside or not p.startswith(inside)]
 
@@ -134,9 +146,11 @@ def _held(parameter: mx.array, widen: mx.Dtype | None) -> int:
 class _Recorder(nn.Module):
     """Stands in for a switch while shapes are looked up; notes the router's top-k."""
 
-    def __init__(self, seen: list[int]):
+    def __init__(self, seen: list[int], switch: nn.Module):
         super().__init__()
         self.__dict__["seen"] = seen
+        for name, child in extras(switch):
+            self[name] = child
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         self.__dict__["seen"].append(indices.shape[-1])
@@ -149,7 +163,7 @@ def _shapes(model: nn.Module) -> tuple[int, list[Any]]:
     seen: list[int] = []
     caches = make_prompt_cache(model)
     try:
-        model.update_modules(tree_unflatten([(path, _Recorder(seen)) for path, _ in switches]))
+        model.update_modules(tree_unflatten([(path, _Recorder(seen, m)) for path, m in switches]))
         model(mx.zeros((1, 2), dtype=mx.int32), cache=caches)
     finally:
         model.update_modules(tree_unflatten(switches))
@@ -174,8 +188,17 @@ def _cache_arrays(cache: Any) -> list[mx.array]:
     return [array for array in dict(tree_flatten(list(parts))).values() if array is not None]
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    return json.dumps(checkpoint.config.get("model_type"))
+def _check_runs_here(path: Path, layers: list[LayerExperts]) -> None:
+    """Raises CheckpointError where MLX has no product of these experts on this device."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return
+    for layer in layers:
+        kinds = {t.projection: t.held for t in layer.format if t.kind == "weight"}
+        if any(kind in (mx.float16, mx.bfloat16) for kind in kinds.values()):
+            raise CheckpointError(
+                f"{path} holds 16-bit experts, which MLX multiplies in float32 only on this "
+                "machine: leave --dtype at auto"
+            )
 
 
 def _line(error: BaseException) -> str:

@@ -48,17 +48,13 @@ class SlotArrays:
     ) -> tuple[list[Piece], list[Callable[[], None]]]:
         """Reads that fill `slot` with `expert`, and what to call when they are done."""
         pieces, finish = [], []
-        for tensor, (starts, block), view in zip(
-            layer.format, layer.sources, self._bytes, strict=True
-        ):
+        for tensor, starts, view in zip(layer.format, layer.starts, self._bytes, strict=True):
             dest = view[slot]
             if tensor.stored != tensor.held:
                 dest = np.empty(tensor.stored_bytes, dtype=np.uint8)
                 finish.append(_widening(dest, tensor.stored, view[slot]))
-            memory = memoryview(dest)
-            for i, address in enumerate(starts[expert].tolist()):
-                part = memory[i * block : (i + 1) * block]
-                pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, part))
+            address = int(starts[expert])
+            pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, memoryview(dest)))
         return pieces, finish
 
     def bind(self, switch: nn.Module) -> nn.Module:
