@@ -3,8 +3,8 @@
     python -c "from streamer.header import read_header; print(read_header('model.safetensors'))"
 
 Everything that the header claims is checked against the file's size before it
-is believed. Stricter than the safetensors library in one point: unknown keys of
-a tensor are refused. Format: huggingface/safetensors, README, "Format".
+is believed. Stricter than the safetensors library in two points: unknown keys of
+a tensor, and keys that stand twice, are refused. Format: huggingface/safetensors, README, "Format".
 """
 
 from __future__ import annotations
