@@ -135,10 +135,13 @@ def load(
 def open_tokenizer(opened: Opened) -> TokenizerWrapper:
     """The checkpoint's tokenizer. Raises CheckpointError."""
     try:
-        return load_tokenizer(opened.path, eos_token_ids=opened.config.get("eos_token_id"))
+        tokenizer = load_tokenizer(opened.path, eos_token_ids=opened.config.get("eos_token_id"))
+        if not tokenizer.encode("a"):  # transformers makes an empty one where files are missing
+            raise ValueError("it knows no tokens; are its files missing?")
     except Exception as error:  # transformers raises whatever its parsers raise
         text = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{opened.path} has no usable tokenizer: {text}") from error
+    return tokenizer
 
 
 def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Module:

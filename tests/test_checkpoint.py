@@ -99,7 +99,7 @@ def test_400_gb_open_in_two_seconds(tmp_path: Path) -> None:
     shards, each, nbytes = 160, 625, 4_000_000
     for i in range(shards):
         header = {
-            f"model.layers.{i}.mlp.experts.{j // 3}.{'gate up down'.split()[j % 3]}_proj.weight": {
+            f"model.layers.{i}.mlp.experts.{j // 3}.{['gate', 'up', 'down'][j % 3]}_proj.weight": {
                 "dtype": "U8",
                 "shape": [1000, 4000],
                 "data_offsets": [j * nbytes, (j + 1) * nbytes],

@@ -1,0 +1,149 @@
+"""Bad input: one line on stderr that says what and where, exit code 2, nothing on stdout."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from families import make_tiny
+
+from streamer import plan, run
+from streamer.checkpoint import INDEX
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("qwen3_moe", tmp_path_factory.mktemp("whole") / "m", shards=2)
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert run.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), (out, err)
+    return lines[0]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("argv", "what"),
+    [
+        ((), "--prompt"),
+        (("--prompt", ""), "empty"),
+        (("--prompt", "x", "--chat"), "exclude"),
+        (("--prompt", "x", "--temp", "nan"), "--temp"),
+        (("--prompt", "x", "--temp", "-1"), "--temp"),
+        (("--prompt", "x", "--top-p", "1.5"), "--top-p"),
+        (("--prompt", "x", "--max-tokens", "0"), "--max-tokens"),
+        (("--prompt", "x", "--max-tokens", "ten"), "--max-tokens"),
+        (("--prompt", "x", "--memory", "nanGB"), "memory"),
+        (("--prompt", "x", "--memory", "-1GB"), "memory"),
+        (("--prompt", "x", "--memory", "0%"), "memory"),
+        (("--prompt", "x", "--memory", "much"), "memory"),
+        (("--prompt", "x", "--memory", "1MB"), "smallest budget"),
+        (("--prompt", "x", "--io", "magic"), "--io"),
+        (("--prompt", "x", "--context", "1"), "--context"),
+        (("--prompt", "x", "--no-such-option"), "no-such-option"),
+    ],
+)
+def test_options(
+    whole: Path, argv: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert what in refused(capsys, "--model", str(whole), *argv)
+
+
+def change(**values: object) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        config = json.loads((model / "config.json").read_text())
+        config.update(values)
+        (model / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def truncate(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    with open(shard, "r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+
+
+def lie(model: Path) -> None:
+    shard = sorted(model.glob("*.safetensors"))[0]
+    blob = shard.read_bytes()
+    shard.write_bytes(blob.replace(b'"shape":[', b'"shape":[9', 1))
+
+
+def lose_shard(model: Path) -> None:
+    sorted(model.glob("*.safetensors"))[0].unlink()
+
+
+def lose_shard_and_index(model: Path) -> None:
+    lose_shard(model)
+    (model / INDEX).unlink(missing_ok=True)
+
+
+def lose_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (truncate, "cut off"),
+        (lie, "header"),
+        (lose_shard, "missing"),
+        (lose_shard_and_index, "does not load"),
+        (lose_tokenizer, "tokenizer"),
+        (change(model_type="no_such_model"), "no_such_model"),
+        (change(model_type="llama"), "does not load"),
+        (change(num_hidden_layers="three"), "does not load"),
+        (change(num_hidden_layers=-1), "does not load"),
+        (change(hidden_size=1 << 40), "does not load"),
+        (change(num_experts=1000), "does not load"),
+        (change(vocab_size=None), "does not load"),
+        (change(quantization={"bits": 77}), "does not load"),
+    ],
+)
+def test_damage(
+    model: Path,
+    damage: Callable[[Path], None],
+    what: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(model)
+    message = refused(capsys, "--model", str(model), "--prompt", "x")
+    assert what in message or (what == "header" and "model" in message)
+    assert plan.main(["--model", str(model)]) == 2
+
+
+def test_a_process_of_its_own(model: Path) -> None:
+    truncate(model)
+    command = [sys.executable, "-m", "streamer.run", "--model", str(model), "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "cut off" in done.stderr
+
+
+def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that fits just runs, one that does not is refused."""
+    dense = make_tiny("qwen3_moe", tmp_path / "dense", changes={"mlp_only_layers": [0, 1, 2, 3]})
+    assert run.main(["--model", str(dense), "--prompt", "x", "--raw", "--max-tokens", "3"]) == 0
+    assert "a dense model" in capsys.readouterr().err
+    assert "smallest budget" in refused(
+        capsys, "--model", str(dense), "--prompt", "x", "--memory", "1MB"
+    )
+
+
+def test_statistics_that_cannot_be_written(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", str(whole), "--prompt", "x", "--raw", "--max-tokens", "2"]
+    assert run.main([*argv, "--stats", "/no/such/folder/s.json"]) == 2
+    assert "cannot write" in capsys.readouterr().err
