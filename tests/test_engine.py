@@ -1,5 +1,6 @@
 """Generation: the tokens of mlx-lm, and a cache whose content is known at any end."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_prompts_go_in_chunks(tiny: Path) -> None:
     assert len(list(steps)) == 1
     done = [d for d, _ in seen]
     assert done[0] == 0 and done[-1] == len(prompt)
-    assert max(b - a for a, b in zip(done, done[1:], strict=False)) <= chunk < len(prompt)
+    assert max(b - a for a, b in itertools.pairwise(done)) <= chunk < len(prompt)
 
 
 def test_mlx_lm_generates_with_a_loaded_model(tiny: Path) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import platform
 import sys
 import sysconfig
 import tarfile
@@ -45,12 +46,8 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # A user's turn is a comment, the answer is the code that follows it: what the model has read.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] + '\\n' }}"
-    "{% else %}{{ '# ' + message['content'] | replace('\\n', '\\n# ') + '\\n' }}{% endif %}"
-    "{% endfor %}"
-)
+# The model continues code: a chat is what was written so far, by whoever.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 class CorpusError(StreamerError):
@@ -79,6 +76,11 @@ def is_held_out(path: str) -> bool:
 def stdlib_root() -> Path:
     """The running interpreter's standard library folder."""
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def stdlib_name() -> str:
+    """What the default corpus is called."""
+    return f"Python {platform.python_version()} standard library"
 
 
 def _decode(data: bytes) -> str | None:

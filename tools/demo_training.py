@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,7 @@ EVALUATION_TOKENS = {"cpu": 8_192, "cuda": 400_000}
 EVALUATIONS = 16
 EVALUATION_DEPTH = 2
 SKIPPED_STEPS = 100
+PLACES = ("out", "corpus", "resume")
 
 
 class DivergedError(StreamerError):
@@ -56,11 +58,20 @@ def windows(
 
 
 def evaluate(
-    model: DemoModel, ids: torch.Tensor, context: int, batch: int, precision: AbstractContextManager
+    model: DemoModel,
+    ids: torch.Tensor,
+    context: int,
+    batch: int,
+    precision: AbstractContextManager,
+    *,
+    limit: int,
 ) -> dict[str, float]:
-    """Held-out losses (nats per token) and head agreement over consecutive windows."""
+    """Held-out losses (nats per token) and head agreement over consecutive windows.
+
+    At most `limit` of `ids` are read.
+    """
     span = context + 1 + EVALUATION_DEPTH
-    limit = min(len(ids), EVALUATION_TOKENS[ids.device.type])
+    limit = min(len(ids), limit)
     rows = ids[: limit - limit % span].view(-1, span).long()
     model.eval()
     found, weights = [], []
@@ -90,11 +101,17 @@ def optimizer_for(model: DemoModel, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=fused)
 
 
-class Training:
-    """One run: model, data and clock."""
+def _earlier(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a resumed checkpoint comes from, oldest first."""
+    kept = ("device", "hardware", "options", "best")
+    return [*report.get("earlier", []), {k: report[k] for k in kept if k in report}]
 
-    def __init__(self, options: argparse.Namespace, started: float):
-        self.options, self.started = options, started
+
+class Training:
+    """One run: model, data and clock. `changed`: the options that are not at their defaults."""
+
+    def __init__(self, options: argparse.Namespace, changed: dict[str, Any], started: float):
+        self.options, self.changed, self.started = options, changed, started
         wanted = options.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +138,7 @@ class Training:
         return time.monotonic() - self.started
 
     def _prepare(self) -> None:
-        options = self.options
+        options, cuda = self.options, self.device.type == "cuda"
         corpus = demo_corpus.read_corpus(options.corpus)
         resumed = raw_checkpoint.load(options.resume) if options.resume else None
         train = list(corpus.train.values())
@@ -150,6 +167,10 @@ class Training:
             "held_out_tokens": len(self.held_out_ids),
             "context": self.context,
             "device": self.device.type,
+            "hardware": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+            "source": options.corpus.name if options.corpus else demo_corpus.stdlib_name(),
+            "options": {k: v for k, v in self.changed.items() if k not in PLACES},
+            "earlier": _earlier(resumed.report) if resumed is not None else [],
         }
         print(f"corpus: {self.facts} after {self.elapsed():.0f} s", flush=True)
         self.model = DemoModel(config, options.dropout).to(self.device)
@@ -226,7 +247,14 @@ class Training:
     def measure(self, step: int) -> None:
         """Evaluate; save if this is the best so far."""
         begun = self.elapsed()
-        found = evaluate(self.model, self.held_out_ids, self.context, self.batch, self.precision())
+        found = evaluate(
+            self.model,
+            self.held_out_ids,
+            self.context,
+            self.batch,
+            self.precision(),
+            limit=EVALUATION_TOKENS[self.device.type],
+        )
         found |= {"step": step, "seconds": round(self.elapsed(), 1)}
         found["tokens"] = step * self.batch * self.context
         self.history.append(found)

@@ -30,7 +30,7 @@ SHARD_BYTES = 14_000_000
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """Weights by checkpoint name as stored, the configuration, and training.json's content."""
+    """Weights by checkpoint name as stored, the configuration, and what training.json says."""
 
     weights: dict[str, torch.Tensor]
     config: Qwen3_5MoeTextConfig
@@ -49,12 +49,37 @@ def _shards(weights: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return shards
 
 
+def outer_config(text: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The text model's configuration in its place, as published Qwen3.5-MoE checkpoints have it."""
+    dropped = ("_name_or_path", "architectures", "dtype", "id2label", "label2id")
+    return {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe",
+        "dtype": dtype,
+        "eos_token_id": text["eos_token_id"],
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": {k: v for k, v in text.items() if k not in dropped},
+    }
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Sync the files of `aside` and rename it to `folder`, replacing one that is there."""
+    for path in aside.iterdir():
+        _sync(path)
+    former = folder.with_name(folder.name + ".former")
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    aside.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def save(model: DemoModel, tokenizer: Tokenizer, report: dict[str, Any], folder: Path) -> None:
@@ -77,31 +102,28 @@ def save(model: DemoModel, tokenizer: Tokenizer, report: dict[str, Any], folder:
         "weight_map": places,
     }
     (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    config = json.loads(model.trunk.config.to_json_string(use_diff=False))
-    config |= {"architectures": ["Qwen3_5MoeForCausalLM"], "dtype": "bfloat16"}
-    config |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    text = json.loads(model.trunk.config.to_json_string(use_diff=False))
+    text |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    config = outer_config(text, "bfloat16")
     (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_tokenizer(tokenizer, aside, model.trunk.config.max_position_embeddings)
     (aside / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    for path in aside.iterdir():
-        _sync(path)
-    former = folder.with_name(folder.name + ".former")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        folder.rename(former)
-    aside.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
+    put_in_place(aside, folder)
 
 
 def load(folder: Path) -> RawCheckpoint:
-    """Read a folder that `save` wrote. Raises CheckpointError if a part is missing or damaged."""
+    """Read a folder that `save` or `dequantize` wrote; `report` is empty for the latter.
+
+    Raises CheckpointError if a part is missing or damaged.
+    """
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         weights: dict[str, torch.Tensor] = {}
         for name in sorted(set(index["weight_map"].values())):
             weights.update(load_file(folder / name))
         config = Qwen3_5MoeTextConfig.from_pretrained(folder)
-        report = json.loads((folder / "training.json").read_text())
+        training = folder / "training.json"
+        report = json.loads(training.read_text()) if training.exists() else {}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no demo checkpoint: {error}") from error
     if missing := set(index["weight_map"]) - set(weights):

@@ -56,11 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
             from tools import demo_export
 
             return demo_export.main(arguments[1:])
-        options = parser().parse_args(arguments)
+        defaults = parser()
+        options = defaults.parse_args(arguments)
+        changed = {k: v for k, v in vars(options).items() if v != defaults.get_default(k)}
         # Imported here because torch takes seconds to import, and the clock must see them.
         from tools.demo_training import Training
 
-        training = Training(options, started)
+        training = Training(options, changed, started)
 
         def stop(*_: Any) -> None:
             training.stopped = True
