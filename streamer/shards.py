@@ -62,7 +62,7 @@ class ShardWriter:
         self._aside = dest.parent / f".{dest.name}.partial"
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir()
-        self._shards = _pack(specs, shard_bytes)
+        self._shards = pack(specs, shard_bytes)
         self._next = 0
         self._left = 0
         self._file: BinaryIO | None = None
@@ -85,18 +85,11 @@ class ShardWriter:
         """Add index, config and small files, and put the folder in place."""
         if self.written != self.total:
             raise ValueError(f"{self.written} of {self.total} bytes were written")
-        weights = {
-            spec.name: self._name(i) for i, shard in enumerate(self._shards) for spec in shard
-        }
-        index = {"metadata": {"total_size": self.total}, "weight_map": weights}
-        for name, data in ((INDEX, index), ("config.json", config)):
-            (self._aside / name).write_text(json.dumps(data, indent=1) + "\n")
+        write_index(self._aside, self._shards)
+        (self._aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for path in copy:
             shutil.copyfile(path, self._aside / path.name)
-        for path in self._aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.replace(self._aside, self.dest)
+        put_in_place(self._aside, self.dest)
 
     def __enter__(self) -> Self:
         return self
@@ -112,25 +105,13 @@ class ShardWriter:
         shutil.rmtree(self._aside, ignore_errors=True)
 
     def _name(self, i: int) -> str:
-        return f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
+        return shard_name(i, len(self._shards))
 
     def _open(self) -> None:
         shard = self._shards[self._next]
         self._file = open(self._aside / self._name(self._next), "wb")  # noqa: SIM115
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        at = 0
-        for spec in shard:
-            end = at + spec.nbytes
-            header[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [at, end],
-            }
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file.write(struct.pack("<Q", len(text)) + text)
-        self._left, self._next = at, self._next + 1
+        self._file.write(header(shard))
+        self._left, self._next = sum(spec.nbytes for spec in shard), self._next + 1
 
     def _sync(self) -> None:
         assert self._file is not None
@@ -147,7 +128,8 @@ def small_files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.name not in skip]
 
 
-def _pack(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
+def pack(specs: Sequence[Spec], limit: int = SHARD_BYTES) -> list[list[Spec]]:
+    """Tensors by shard, in order, each shard at most `limit` bytes or one tensor."""
     shards: list[list[Spec]] = [[]]
     size = 0
     for spec in specs:
@@ -157,3 +139,42 @@ def _pack(specs: Sequence[Spec], limit: int) -> list[list[Spec]]:
         shards[-1].append(spec)
         size += spec.nbytes
     return shards
+
+
+def shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05}-of-{count:05}.safetensors"
+
+
+def header(shard: Sequence[Spec]) -> bytes:
+    """Length and header of a file that holds these tensors one after the other."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    at = 0
+    for spec in shard:
+        offsets = [at, at + spec.nbytes]
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
+        at += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[Spec]]) -> None:
+    """model.safetensors.index.json of the shards."""
+    weights = {
+        spec.name: shard_name(i, len(shards)) for i, shard in enumerate(shards) for spec in shard
+    }
+    total = sum(spec.nbytes for shard in shards for spec in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def put_in_place(aside: Path, dest: Path) -> None:
+    """Sync every file of `aside` and rename the folder to `dest`."""
+    for path in aside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(aside, dest)
