@@ -191,7 +191,7 @@ def load_streamed(
 
 def expert_count(path: Path) -> int:
     """Routed experts over all layers."""
-    return open_model(path, "stored").experts
+    return open_model(path).experts
 
 
 def expert_bytes(opened: Opened) -> int:
