@@ -4,19 +4,22 @@
 
 Only config.json, the index and the shards' headers are read, whatever the
 size. The shards are those that mlx-lm loads, `model*.safetensors`; files
-beside them, such as `mtp.safetensors`, are `side_files`.
+beside them, such as `mtp.safetensors`, are `side_files`. What the index names
+must be there, in whichever file; what it leaves out is loaded all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .header import Tensor, read_header
+from .header import Tensor, read_header, shown
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,22 +40,26 @@ class Checkpoint:
         path = Path(path)
         _check_folder(path)
         config = _config(path)
+        index = _weight_map(path)
+        _check_files(path, index)
         files = tuple(sorted(path.glob("model*.safetensors")))
-        side_files = tuple(sorted(set(path.glob("*.safetensors")) - set(files)))
         if not files:
             raise CheckpointError(f"{path} has no model*.safetensors{_instead(path)}")
-        _check_shards(path, files)
+        beside = (p for p in path.glob("*.safetensors") if not p.name.startswith("."))
+        side_files = tuple(sorted(set(beside) - set(files)))
+        headers = {file.name: read_header(file) for file in files}
         tensors: dict[str, Tensor] = {}
-        for file in files:
-            for name, tensor in read_header(file).items():
+        for file, header in headers.items():
+            for name, tensor in header.items():
                 if name in tensors:
                     raise CheckpointError(
-                        f"tensor {name!r} stands in both {tensors[name].path.name} and {file.name}"
+                        f"{path}: tensor {shown(name)} stands in both {tensors[name].path.name} "
+                        f"and {file}"
                     )
                 tensors[name] = tensor
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors")
-        _check_index(path, tensors)
+        _check_index(path, index, headers)
         return cls(path, config, tensors, files, side_files)
 
     @property
@@ -61,7 +68,11 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that tell this checkpoint from others without reading its weights."""
+        """16 hex digits that tell this checkpoint from others without reading its weights.
+
+        Of the configuration, names, dtypes, shapes, files and offsets; these
+        fix the files' sizes, as tensors leave no holes. Equal wherever the folder lies.
+        """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for t in sorted(self.tensors.values(), key=lambda t: t.name):
             digest.update(f"{t.name} {t.dtype} {t.shape} {t.path.name} {t.offset}\n".encode())
@@ -69,17 +80,26 @@ class Checkpoint:
 
 
 def _check_folder(path: Path) -> None:
-    if path.is_file():
-        kind = path.suffix.lstrip(".") or "file"
-        hint = "GGUF is not read" if kind == "gguf" else "give the folder that holds it"
-        raise CheckpointError(f"{path} is a {kind}, not a checkpoint folder: {hint}")
-    if not path.is_dir():
-        raise CheckpointError(f"no such folder: {path}")
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise CheckpointError(f"no such folder: {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        return
+    if path.suffix == ".gguf":
+        hint = "GGUF is not read, give a folder with config.json and model*.safetensors"
+    else:
+        hint = f"give the folder that holds it, {path.parent}"
+    raise CheckpointError(f"{path} is a file, not a checkpoint folder: {hint}")
 
 
 def _config(path: Path) -> dict[str, Any]:
     config = _json(path / "config.json", "a checkpoint folder has one")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
     return config
 
@@ -103,24 +123,35 @@ def _instead(path: Path) -> str:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    if not (path / INDEX).exists():
+    """File names by tensor name, empty where there is no index."""
+    if not os.path.lexists(path / INDEX):
         return {}
-    index = _json(path / INDEX, "")
+    index = _json(path / INDEX, "its link leads nowhere")
     weights = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(file, str) and file.isprintable() for file in weights.values()
+    ):
         raise CheckpointError(f"{path / INDEX} has no weight_map of names to files")
     return weights
 
 
-def _check_shards(path: Path, files: tuple[Path, ...]) -> None:
-    present = {file.name for file in files}
-    for name in sorted(set(_weight_map(path).values())):
-        if name not in present and not (path / name).exists():
-            raise CheckpointError(f"{path / name} is named by the index and missing")
+def _check_files(path: Path, index: dict[str, str]) -> None:
+    try:
+        missing = sorted(set(index.values()) - set(os.listdir(path)))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{path / missing[0]} is named by the index and missing{more}")
 
 
-def _check_index(path: Path, tensors: dict[str, Tensor]) -> None:
-    present = {t.path.name for t in tensors.values()}
-    for name, file in _weight_map(path).items():
-        if file in present and (name not in tensors or tensors[name].path.name != file):
-            raise CheckpointError(f"tensor {name!r} is not in {file}, where the index puts it")
+def _check_index(path: Path, index: dict[str, str], headers: dict[str, dict[str, Tensor]]) -> None:
+    """`headers` by file name; side files that the index names are read too."""
+    held = headers | {
+        file: read_header(path / file) for file in set(index.values()) - headers.keys()
+    }
+    for name, file in index.items():
+        if name not in held[file]:
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} is not in {file}, where the index puts it"
+            )

@@ -30,6 +30,7 @@ from .store import Store, Ticket
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 SCRATCH_BATCH = 16  # experts read ahead at once in prefill
+WAVE_BYTES = 512 << 10  # absent experts are waited for by this much
 MAX_UNREAD = 256  # calls of covered layers whose choices wait to be counted
 MAX_PAIRS = 4096  # pairs computed at once, which bounds prefill's transients
 
@@ -171,21 +172,36 @@ class Executor:
     ) -> mx.array:
         self.pool.touch(layer, hits)
         self._tables.clear()
-        slots = self.pool.take(len(misses), keep=(layer, frozenset(hits.tolist())))
-        reading = self.load(layer, misses.tolist(), slots)
-        for expert, slot in zip(misses.tolist(), slots, strict=True):
-            self.pool.place(layer, expert, slot)
-        if not len(hits):
-            self._wait(reading)
+        keep = (layer, frozenset(hits.tolist()))
+        waves, readings = self._waves(misses), []
+        for wave in waves:
+            slots = self.pool.take(len(wave), keep)
+            readings.append(self.load(layer, wave.tolist(), slots))
+            for expert, slot in zip(wave.tolist(), slots, strict=True):
+                self.pool.place(layer, expert, slot)
+        table = self.pool.slot_of[layer]
+        if not len(hits) and len(waves) == 1:
+            self._wait(readings[0])
             return self._track(inner(x, self._slots(layer, ids)))
-        pairs = _Pairs(x, ids)
-        here = np.isin(ids.reshape(-1), hits)
-        first, second = np.flatnonzero(here), np.flatnonzero(~here)
-        done = pairs.run(inner, self.pool.slot_of[layer], first)
-        mx.async_eval(done)
-        self._wait(reading)
-        late = pairs.run(inner, self.pool.slot_of[layer], second)
-        return self._track(pairs.join([done, late], np.concatenate([first, second])))
+        pairs, flat = _Pairs(x, ids), ids.reshape(-1)
+        order = [np.flatnonzero(np.isin(flat, part)) for part in (hits, *waves)]
+        outputs = []
+        if len(hits):
+            outputs.append(pairs.run(inner, table, order[0]))
+            mx.async_eval(outputs)
+        for reading, part in zip(readings, order[1:], strict=True):
+            self._wait(reading)
+            outputs.append(pairs.run(inner, table, part))
+            mx.async_eval(outputs[-1])
+        return self._track(pairs.join(outputs, np.concatenate(order)))
+
+    def _waves(self, misses: np.ndarray) -> list[np.ndarray]:
+        """Absent experts in the groups that are waited for: one computes while the next is read.
+
+        Small experts come together, since a group costs about what reading WAVE_BYTES does.
+        """
+        each = max(1, -(-WAVE_BYTES // stored_bytes(self.arrays.format)))
+        return np.split(misses, range(each, len(misses), each))
 
     def _prefill(
         self,

@@ -1,18 +1,38 @@
-"""Turn what the user names into a folder: a path as it is, a repository by download."""
+"""Turn what the user names into a folder: a path as it is, a repository by download.
+
+    python -c "from streamer.hub import resolve; print(resolve('OWNER/NAME'))"
+
+Without a network the cache answers, or an error within PATIENCE seconds. No
+setting of huggingface_hub does that: its first request has no timeout, whatever
+HF_HUB_ETAG_TIMEOUT says, and a name server's silence falls under none. So the
+hub is asked once beforehand, in a thread that is not waited for longer.
+"""
 
 from __future__ import annotations
 
 import os
-import re
+import threading
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from .errors import CheckpointError
 
+PATIENCE = 10.0  # seconds
 PATTERNS = [
     "*.json", "model*.safetensors", "mtp*.safetensors", "*.jinja", "*.txt", "*.tiktoken",
-    "tokenizer.model",
+    "tokenizer.model", "tiktoken.model",
 ]  # fmt: skip
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def resolve(model: str) -> Path:
@@ -21,37 +41,79 @@ def resolve(model: str) -> Path:
     A repository is fetched into the hub's cache, only what is needed, going on
     where an earlier fetch stopped. Raises CheckpointError.
     """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if not REPOSITORY.fullmatch(model) or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"no such folder: {model}")
-    name, _, revision = model.partition("@")
-    return _fetch(name, revision or None)
+    path = os.path.expanduser(model)
+    if os.path.exists(path):
+        return Path(path)
+    name, at, revision = model.partition("@")
+    if not _is_repository(name) or (at and not revision):
+        raise CheckpointError(f"no such folder: {model or 'the name is empty'}")
+    return _fetch(model, name, revision or None)
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+class _TerminalBar(tqdm):
+    """The hub's bars, none of which is drawn into a file or a pipe."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("disable", None)
+        super().__init__(*args, **kwargs)
+
+
+def _is_repository(name: str) -> bool:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _fetch(model: str, name: str, revision: str | None) -> Path:
+    unreachable = _unreachable(name, revision)
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=PATTERNS,
+            local_files_only=unreachable is not None,
+            tqdm_class=_TerminalBar,
+        )
     except GatedRepoError as error:
-        raise CheckpointError(f"{name} asks for a licence to be accepted on the hub") from error
+        raise CheckpointError(f"{model} asks for a licence to be accepted on the hub") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"there is no repository {name} on the hub") from error
+        raise CheckpointError(
+            f"{model} is neither a folder here nor a repository that the hub shows you"
+        ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
+        where = "only partly" if hasattr(error, "snapshot_path") else "not a folder here and not"
         raise CheckpointError(
-            f"{name} is neither a folder here nor in the local cache, and the hub cannot be reached"
+            f"{model} is {where} in the local cache and the hub cannot be reached: "
+            f"{unreachable or _line(error)}"
         ) from error
     except Exception as error:  # httpx, OSError: the network has many ways to fail
-        text = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{name} could not be fetched: {text}") from error
+        raise CheckpointError(f"{model} could not be fetched: {_line(error)}") from error
+    return Path(folder)
+
+
+def _unreachable(name: str, revision: str | None) -> str | None:
+    """Why the hub does not answer; None where it does, be it with a refusal."""
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().repo_info(name, revision=revision, timeout=PATIENCE)
+            answer.append(None)
+        except HfHubHTTPError:
+            answer.append(None)
+        except Exception as error:
+            answer.append(_line(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answer[0] if answer else f"no answer within {PATIENCE:.0f} seconds"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
