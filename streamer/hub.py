@@ -38,8 +38,9 @@ PATTERNS = [
 def resolve(model: str) -> Path:
     """The checkpoint folder of a local path or `owner/name[@revision]`.
 
-    A repository is fetched into the hub's cache, only what is needed, going on
-    where an earlier fetch stopped. Raises CheckpointError.
+    A repository is fetched into the hub's cache, only what is needed; files that
+    an earlier fetch finished are kept, one cut in the middle starts again (hub
+    2.x). Raises CheckpointError.
     """
     path = os.path.expanduser(model)
     if os.path.exists(path):
@@ -85,9 +86,10 @@ def _fetch(model: str, name: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{name} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
-        where = "only partly" if hasattr(error, "snapshot_path") else "not a folder here and not"
+        partly = hasattr(error, "snapshot_path")
+        where = "only partly" if partly else "neither a folder here nor"
         raise CheckpointError(
-            f"{model} is {where} in the local cache and the hub cannot be reached: "
+            f"{model} is {where} in the local cache, and the hub cannot be reached: "
             f"{unreachable or _line(error)}"
         ) from error
     except Exception as error:  # httpx, OSError: the network has many ways to fail

@@ -1,0 +1,121 @@
+"""A conversation: turns, the cache between them, interruption, pipes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamer import run
+from streamer.engine import Timing
+from streamer.run import DEMO, parser
+from streamer.session import open_session
+
+
+def session_for(*options: str) -> Any:
+    args = parser().parse_args(["--chat", "--memory", "50%", "--max-tokens", "12", *options])
+    return open_session(args, None, DEMO)
+
+
+def reply(session: Any, tokens: list[int]) -> list[int]:
+    list(session.reply(tokens, lambda done, total: None))
+    return list(session.tokens)
+
+
+def test_a_turn_reads_only_what_is_new() -> None:
+    session, fresh = session_for(), session_for()
+    first = session.tokenizer.encode("import os\n\ndef main(")
+    answer = reply(session, first)
+    second = first + answer + session.tokenizer.encode("\n\nclass A:\n    ")
+    assert reply(session, second) == reply(fresh, second)
+    assert session.timing.prompt_tokens < fresh.timing.prompt_tokens == len(second)
+
+
+def test_an_edited_turn_starts_anew() -> None:
+    session, fresh = session_for(), session_for()
+    tokens = session.tokenizer.encode("import os\n\ndef main(")
+    reply(session, tokens)
+    changed = [*tokens[:3], tokens[5], *tokens[3:]]
+    assert reply(session, changed) == reply(fresh, changed)
+
+
+def test_an_interrupted_turn_leaves_a_usable_session() -> None:
+    session, fresh = session_for(), session_for()
+    tokens = session.tokenizer.encode("import os\n\ndef main(")
+    pieces = session.reply(tokens, lambda done, total: None)
+    next(pieces)
+    next(pieces)
+    pieces.close()
+    assert reply(session, tokens) == reply(fresh, tokens)
+
+
+@pytest.mark.smoke
+def test_chat_over_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stats = tmp_path / "s.json"
+    command = [sys.executable, "-m", "streamer.run", "--chat", "--memory", "50%"]
+    command += ["--max-tokens", "8", "--stats", str(stats)]
+    done = subprocess.run(
+        command,
+        input="import os\n/reset\nclass A\n\n/exit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tok/s") == 2
+    assert json.loads(stats.read_text())["generated_tokens"] == 8
+
+
+@pytest.mark.smoke
+def test_a_prompt_from_stdin(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--max-tokens", "8"]
+    piped = subprocess.run(
+        [*command, "--prompt", "-"], input="import ", capture_output=True, text=True, check=True
+    )
+    given = subprocess.run(
+        [*command, "--prompt", "import "], capture_output=True, text=True, check=True
+    )
+    assert piped.stdout == given.stdout != ""
+    assert "\x1b" not in piped.stdout + piped.stderr  # no bars when it is not a terminal
+
+
+def test_interrupting_ends_the_text_cleanly(tmp_path: Path) -> None:
+    stats = tmp_path / "s.json"
+    command = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", "def "]
+    process = subprocess.Popen(
+        [*command, "--max-tokens", "3000", "--stats", str(stats)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    process.stdout.read(20)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    assert 0 < json.loads(stats.read_text())["generated_tokens"] < 3000
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m streamer.run --memory 50% --prompt 'def ' | head -c 5"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_seeds_are_respected(capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: str) -> str:
+        argv = ["--memory", "50%", "--prompt", "def ", "--max-tokens", "16"]
+        assert run.main([*argv, "--temp", "1", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_timing_of_nothing() -> None:
+    assert Timing().decode_rate == 0.0
