@@ -244,8 +244,11 @@ def _row(name: str | int, results: dict[Any, list[dict[str, Any]]], disk: float)
         row["hit_rate"] = sum(r["hits"] for r in runs) / asked if asked else 1.0
         row["bytes_per_token"] = statistics.median(r["bytes"] for r in runs)
         if memory:
-            compute = statistics.median(m["seconds"] for m in memory)
-            row["roofline"] = max(compute, row["bytes_per_token"] / disk) / seconds
+            read = row["bytes_per_token"] / disk
+            pairs = zip(memory, runs, strict=True)
+            row["roofline"] = statistics.median(
+                max(m["seconds"], read) / r["seconds"] for m, r in pairs
+            )
     return row
 
 

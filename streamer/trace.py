@@ -158,18 +158,19 @@ def plain(array: mx.array) -> mx.array:
 @contextlib.contextmanager
 def tracing(checkpoint: Checkpoint) -> Iterator[None]:
     """Within the block, `mx.load` of the checkpoint's files gives traced arrays."""
-    index = {path: i for i, path in enumerate(checkpoint.files)}
+    index = {str(path): i for i, path in enumerate(checkpoint.files)}
     real = {name: getattr(mx, name) for name in _PATCHES} | {"load": mx.load}
 
     def load(file: Any, *args: Any, **kwargs: Any) -> Any:
         arrays = real["load"](file, *args, **kwargs)
         if not isinstance(arrays, dict):
             return arrays
+        number = index.get(str(file))
+        if number is None:
+            return arrays
         for name, array in arrays.items():
-            tensor = checkpoint.tensors.get(name)
-            if tensor is None or str(tensor.path) != str(file):
-                continue
-            start = np.array(index[tensor.path] << FILE_SHIFT | tensor.offset, dtype=np.int64)
+            offset = checkpoint.tensors[name].offset
+            start = np.array(number << FILE_SHIFT | offset, dtype=np.int64)
             arrays[name] = _traced(array, Source(start, tuple(array.shape), array.dtype.size))
         return arrays
 
