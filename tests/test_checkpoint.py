@@ -1,6 +1,7 @@
 """Opening checkpoint folders: what is refused, in which words, and how quickly."""
 
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -35,14 +36,36 @@ def test_a_whole_one(folder: Path) -> None:
     save_file({"mtp.fc": np.ones(4, np.float32)}, folder / "mtp.safetensors")
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.tensors.keys() == {"w1", "w2"} and checkpoint.nbytes == 32
+    assert [p.name for p in checkpoint.files] == [
+        "model-1-of-2.safetensors",
+        "model-2-of-2.safetensors",
+    ]
     assert [p.name for p in checkpoint.side_files] == ["mtp.safetensors"]
+    (folder / "._mtp.safetensors").write_bytes(b"macOS puts these on foreign disks")
+    (folder / "generation_config.json").write_text("{")
+    assert Checkpoint.open(folder) == checkpoint
 
 
-def test_the_fingerprint_tells_models_apart(folder: Path) -> None:
-    before = Checkpoint.open(folder).fingerprint
-    assert before == Checkpoint.open(folder).fingerprint
+def test_the_fingerprint_tells_models_apart(folder: Path, tmp_path: Path) -> None:
+    seen = {Checkpoint.open(folder).fingerprint}
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    (elsewhere / "config.json").write_text('{ "model_type":"olmoe" }')
+    assert seen == {Checkpoint.open(elsewhere).fingerprint}
     (folder / "config.json").write_text('{"model_type": "mixtral"}')
-    assert before != Checkpoint.open(folder).fingerprint
+    seen.add(Checkpoint.open(folder).fingerprint)
+    (folder / INDEX).unlink()
+    for changed in (
+        {"w": np.ones(4, np.float32)},
+        {"w2": np.ones(4, np.int32)},
+        {"w2": np.ones((2, 2), np.float32)},
+        {"w2": np.ones(5, np.float32)},
+        {"w2": np.ones(4, np.float32), "w3": np.ones(4, np.float32)},
+    ):
+        save_file(changed, folder / "model-2-of-2.safetensors")
+        seen.add(Checkpoint.open(folder).fingerprint)
+    save_file({"w2": np.ones(4, np.float32)}, folder / "model-2-of-2.safetensors", {"longer": "x"})
+    seen.add(Checkpoint.open(folder).fingerprint)
+    assert len(seen) == 8
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -50,7 +73,10 @@ def test_no_folder(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "m.gguf", "GGUF is not read")
     (tmp_path / "m.safetensors").write_bytes(b"")
-    refused(tmp_path / "m.safetensors", "give the folder")
+    refused(tmp_path / "m.safetensors", "give the folder that holds it, ")
+    refused(tmp_path / "m.safetensors" / "x", "no such folder")
+    refused(tmp_path / "a\0b", "no such folder")
+    refused(tmp_path / ("x" * 5000), "File name too long")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +85,9 @@ def test_no_folder(tmp_path: Path) -> None:
         (None, "config.json is missing"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "names no model_type"),
+        ("[]", "config.json is not a JSON object"),
+        ("{}", "names no model_type"),
+        ('{"model_type": ""}', "names no model_type"),
         ('{"model_type": 3}', "names no model_type"),
     ],
 )
@@ -77,26 +105,73 @@ def test_other_formats(folder: Path) -> None:
     refused(folder, "no model.*safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused(folder, "only PyTorch files")
+    (folder / "m.gguf").write_bytes(b"")
+    refused(folder, "only GGUF files")
+
+
+def test_no_tensors(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    for file in folder.glob("model*"):
+        save_file({}, file)
+    refused(folder, "holds no tensors")
 
 
 def test_shards(folder: Path) -> None:
-    save_file({"w1": np.ones(4, np.float32)}, folder / "model-2-of-2.safetensors")
-    refused(folder, "stands in both")
-    (folder / "model-2-of-2.safetensors").unlink()
-    refused(folder, "model-2-of-2.safetensors is named by the index and missing")
-    save_file({"other": np.ones(4, np.float32)}, folder / "model-2-of-2.safetensors")
-    refused(folder, "'w2' is not in model-2-of-2.safetensors")
+    second = folder / "model-2-of-2.safetensors"
+    save_file({"w1": np.ones(4, np.float32)}, second)
+    refused(folder, "'w1' stands in both model-1-of-2.safetensors and model-2-of-2.safetensors")
+    second.unlink()
+    refused(folder, "model-2-of-2.safetensors is named by the index and missing$")
+    second.symlink_to("a-blob-that-is-gone")
+    refused(folder, "cannot read .*model-2-of-2.safetensors: No such file")
+    second.unlink()
+    for held in ({"other": np.ones(4, np.float32)}, {}):
+        save_file(held, second)
+        refused(folder, "'w2' is not in model-2-of-2.safetensors")
+    second.unlink()
+    (folder / "model-1-of-2.safetensors").unlink()
+    refused(folder, r"model-1-of-2.safetensors is named by the index and missing \(and 1 more\)")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_side_files_that_the_index_names(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"mtp.fc": "mtp.safetensors"}}')
+    refused(folder, "mtp.safetensors is named by the index and missing")
+    save_file({"other": np.ones(4, np.float32)}, folder / "mtp.safetensors")
+    refused(folder, "'mtp.fc' is not in mtp.safetensors")
+    save_file({"mtp.fc": np.ones(4, np.float32)}, folder / "mtp.safetensors")
+    assert Checkpoint.open(folder).tensors.keys() == {"w1", "w2"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "two\\nlines"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+    ],
+)
 def test_indexes(folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
     refused(folder, "index.json")
 
 
+def test_an_index_that_is_no_file(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("a-blob-that-is-gone")
+    refused(folder, "index.json is missing; its link leads nowhere")
+    (folder / INDEX).unlink()
+    (folder / INDEX).write_text('{"weight_map": {"a": "%s"}}' % ("x" * 300))
+    refused(folder, "xxx is named by the index and missing")
+
+
 def test_400_gb_open_in_two_seconds(tmp_path: Path) -> None:
     """100,000 tensors in 160 shards, sparse: only headers can have been read."""
     shards, each, nbytes = 160, 625, 4_000_000
+    weights: dict[str, str] = {}
     for i in range(shards):
         header = {
             f"model.layers.{i}.mlp.experts.{j // 3}.{['gate', 'up', 'down'][j % 3]}_proj.weight": {
@@ -106,10 +181,13 @@ def test_400_gb_open_in_two_seconds(tmp_path: Path) -> None:
             }
             for j in range(each)
         }
+        shard = tmp_path / f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        weights |= dict.fromkeys(header, shard.name)
         text = json.dumps(header).encode()
-        with open(tmp_path / f"model-{i:03}.safetensors", "wb") as file:
+        with open(shard, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + each * nbytes)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     best = float("inf")
     for _ in range(3):

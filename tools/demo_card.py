@@ -7,6 +7,7 @@ Every number in it comes from training.json and from what the export measured.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ Greedy continuation of `def `:
 Again:
 
 {commands}
-
+{note}
 It trains on CPU too, some hundred times slower.
 
 ## Limits
@@ -109,7 +110,10 @@ class Measured:
 
 
 def card(text: dict[str, Any], report: dict[str, Any], measured: Measured, rows: int) -> str:
-    """README.md of the package. `text`: its text configuration; `report`: training.json."""
+    """README.md of the package. `text`: its text configuration; `report`: training.json.
+
+    `report["note"]`, if there is one, says what about the runs is not known from records.
+    """
     table = "\n".join(
         f"| {title} | {measured.raw[key]:.3f} | {measured.package[key]:.3f} |"
         for key, title in MEASURES.items()
@@ -135,6 +139,7 @@ def card(text: dict[str, Any], report: dict[str, Any], measured: Measured, rows:
         continuation=measured.continuation,
         runs=_runs(report),
         commands=_commands(report),
+        note=f"\n{textwrap.fill(report['note'], 99)}\n" if "note" in report else "",
     )
 
 
