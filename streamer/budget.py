@@ -90,9 +90,10 @@ def divide(
         if limit < smallest:
             raise BudgetError(
                 f"{opened.path.name} does not run in {format_size(limit)}: the smallest budget "
-                f"that works is {format_size(smallest)} (runtime {format_size(runtime)}, trunk "
-                f"{format_size(trunk)}, KV of {context} tokens {format_size(kv)}, workspace and "
-                f"{sum(least.values())} expert slots {format_size(smallest - fixed)})"
+                f"that works is {format_size(smallest, up=True)} (runtime "
+                f"{format_size(runtime)}, trunk {format_size(trunk)}, KV of {context} tokens "
+                f"{format_size(kv)}, workspace and {sum(least.values())} expert slots "
+                f"{format_size(smallest - fixed)})"
             )
         chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
         room = limit - fixed - workspace
