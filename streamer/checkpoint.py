@@ -10,10 +10,13 @@ must be there, in whichever file; what it leaves out is loaded all the same.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,11 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Raises CheckpointError, one sentence naming the file, for anything amiss."""
-        path = Path(path)
+        with _collection_paused():
+            return cls._open(Path(path))
+
+    @classmethod
+    def _open(cls, path: Path) -> Checkpoint:
         _check_folder(path)
         config = _config(path)
         index = _weight_map(path)
@@ -48,15 +55,7 @@ class Checkpoint:
         beside = (p for p in path.glob("*.safetensors") if not p.name.startswith("."))
         side_files = tuple(sorted(set(beside) - set(files)))
         headers = {file.name: read_header(file) for file in files}
-        tensors: dict[str, Tensor] = {}
-        for file, header in headers.items():
-            for name, tensor in header.items():
-                if name in tensors:
-                    raise CheckpointError(
-                        f"{path}: tensor {shown(name)} stands in both {tensors[name].path.name} "
-                        f"and {file}"
-                    )
-                tensors[name] = tensor
+        tensors = _merge(path, headers)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors")
         _check_index(path, index, headers)
@@ -77,6 +76,18 @@ class Checkpoint:
         for t in sorted(self.tensors.values(), key=lambda t: t.name):
             digest.update(f"{t.name} {t.dtype} {t.shape} {t.path.name} {t.offset}\n".encode())
         return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """100,000 new tensors make the collector walk the process: 1.1 s to open, 0.65 without."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _check_folder(path: Path) -> None:
@@ -143,6 +154,19 @@ def _check_files(path: Path, index: dict[str, str]) -> None:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{path / missing[0]} is named by the index and missing{more}")
+
+
+def _merge(path: Path, headers: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file, header in headers.items():
+        for name, tensor in header.items():
+            if name in tensors:
+                first = tensors[name].path.name
+                raise CheckpointError(
+                    f"{path}: tensor {shown(name)} stands in both {first} and {file}"
+                )
+            tensors[name] = tensor
+    return tensors
 
 
 def _check_index(path: Path, index: dict[str, str], headers: dict[str, dict[str, Tensor]]) -> None:

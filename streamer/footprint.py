@@ -93,11 +93,26 @@ def available_memory() -> int:
 
 
 def default_budget() -> tuple[int, str]:
-    """(bytes, why): what the machine can spare now, with a reserve for everything else."""
+    """(bytes, why): what the machine can spare now, with a reserve for everything else.
+
+    The reserve is a quarter of what is available, 2 GB at most, and a tenth from 20 GB on.
+    On macOS no more than Metal recommends.
+    """
     available = available_memory()
-    reserve = min(RESERVE, available // 4)
+    reserve = max(min(RESERVE, available // 4), available // 10)
     budget = footprint() + available - reserve
+    metal = _metal_working_set()
+    if metal is not None and metal < budget:
+        return metal, f"the {format_size(metal)} that Metal recommends on this machine"
     return budget, f"{format_size(available)} available less {format_size(reserve)} in reserve"
+
+
+def _metal_working_set() -> int | None:
+    """Bytes that this GPU can hold without slowing down, or None without Metal."""
+    import mlx.core as mx  # the rest of this module needs no MLX
+
+    size = mx.device_info().get("max_recommended_working_set_size")
+    return None if size is None else int(size)
 
 
 def _cgroups() -> list[tuple[int, int]]:

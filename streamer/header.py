@@ -50,7 +50,7 @@ class _Damage(ValueError):
     """What is wrong; the caller adds where."""
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: str | Path) -> dict[str, Tensor]:
     """The tensors of `path` by name, in file order. Raises CheckpointError."""
     path = Path(path)
     text, size = _read(path)

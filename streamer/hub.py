@@ -113,7 +113,7 @@ def _unreachable(name: str, revision: str | None) -> str | None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    return answer[0] if answer else f"no answer within {PATIENCE:.0f} seconds"
+    return answer[0] if answer else f"no answer within {PATIENCE:g} seconds"
 
 
 def _line(error: Exception) -> str:

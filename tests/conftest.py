@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)
     offline = ("--no-deps", "--no-index", "--no-build-isolation")
-    _pip("wheel", *offline, "-w", folder, folder / "source")
+    pip("wheel", *offline, "-w", folder, folder / "source")
     return next(folder.glob("*.whl"))
 
 
@@ -39,11 +39,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of installed packages, for PYTHONPATH, with the wheel in it and nothing else."""
     folder = tmp_path_factory.mktemp("site")
-    _pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
+    pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
     return folder
 
 
-def _pip(*arguments: str | Path) -> None:
+def pip(*arguments: str | Path) -> None:
     argv = [sys.executable, "-m", "pip", *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Opening checkpoint folders: what is refused, in which words, and how quickly."""
 
+import gc
 import json
 import shutil
 import struct
@@ -55,7 +56,7 @@ def test_the_fingerprint_tells_models_apart(folder: Path, tmp_path: Path) -> Non
     seen.add(Checkpoint.open(folder).fingerprint)
     (folder / INDEX).unlink()
     for changed in (
-        {"v2": np.ones(4, np.float32)},
+        {"w9": np.ones(4, np.float32)},
         {"w2": np.ones(4, np.int32)},
         {"w2": np.ones((2, 2), np.float32)},
         {"w2": np.ones(5, np.float32)},
@@ -66,6 +67,18 @@ def test_the_fingerprint_tells_models_apart(folder: Path, tmp_path: Path) -> Non
     save_file({"w2": np.ones(4, np.float32)}, folder / "model-2-of-2.safetensors", {"longer": "x"})
     seen.add(Checkpoint.open(folder).fingerprint)
     assert len(seen) == 8
+
+
+def test_garbage_is_collected_again(folder: Path) -> None:
+    try:
+        for was in (gc.enable, gc.disable):
+            was()
+            before = gc.isenabled()
+            Checkpoint.open(folder)
+            refused(folder / "none", "no such folder")
+            assert gc.isenabled() == before
+    finally:
+        gc.enable()
 
 
 def test_no_folder(tmp_path: Path) -> None:

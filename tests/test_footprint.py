@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import memory_cgroup as groups
+import mlx.core as mx
 import psutil
 import pytest
 from hypothesis import given
@@ -143,11 +144,32 @@ def test_the_counters_lie_where_macos_writes_them() -> None:
 
 
 @pytest.mark.smoke
-def test_the_default_budget_leaves_a_reserve() -> None:
+@pytest.mark.parametrize(
+    ("available", "reserve"),
+    [(0, 0), (4 << 30, 1 << 30), (8 << 30, 2 << 30), (16 << 30, 2 << 30), (100 << 30, 10 << 30)],
+)
+def test_the_default_budget_leaves_a_reserve(
+    available: int, reserve: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "available_memory", lambda: available)
+    monkeypatch.setattr(subject, "footprint", lambda: 100 * MB)
+    monkeypatch.setattr(subject, "_metal_working_set", lambda: None)
     budget, why = subject.default_budget()
-    available = subject.available_memory()
-    assert 0 < budget < subject.footprint() + available
-    assert "in reserve" in why
+    assert budget == 100 * MB + available - reserve
+    assert why == f"{format_size(available)} available less {format_size(reserve)} in reserve"
+
+
+@pytest.mark.smoke
+def test_the_default_budget_is_what_metal_recommends_at_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subject, "available_memory", lambda: 16 << 30)
+    for recommended, limited in ((11 << 30, True), (48 << 30, False)):
+        info = {"max_recommended_working_set_size": recommended}
+        monkeypatch.setattr(mx, "device_info", lambda info=info: info)
+        budget, why = subject.default_budget()
+        assert (budget == recommended) is limited
+        assert ("11.0 GB that Metal recommends" in why) is limited
 
 
 # Trees of cgroups, made by hand
@@ -291,11 +313,12 @@ def test_page_cache_counts_and_is_reclaimed(tmp_path: Path) -> None:
         done = tight.run(read)
     assert (done.returncode, tight.killed, done.stderr) == (0, 0, "")
     assert 40 * MB <= tight.peak <= tight.limit
-    assert 24 * MB <= tight.page_cache() <= tight.limit
+    assert 16 * MB <= tight.page_cache() <= tight.limit
     drop_page_cache(file)
     with memory_cgroup(256 * MB) as roomy:
         roomy.run(read)
-    assert roomy.page_cache() >= 96 * MB
+    # not all 96 MB: a kernel may drop idle pages unasked (DAMON's proactive reclaim)
+    assert roomy.peak > 64 * MB and roomy.page_cache() > 64 * MB
 
 
 @needs_cgroups
@@ -338,4 +361,4 @@ print(json.dumps(seen))
     assert abs(cached - before) <= 4 * MB
     assert 60 * MB <= cached - held <= 72 * MB
     assert held < budget < group.limit
-    assert group.page_cache() >= 64 * MB
+    assert group.page_cache() > 40 * MB  # the file was charged, so `cached` says something

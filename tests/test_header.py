@@ -70,6 +70,7 @@ def test_what_the_library_writes(tmp_path: Path) -> None:
     for name, array in arrays.items():
         assert tensors[name].shape == array.shape and tensors[name].path == path
         assert read[name][2] == array.tobytes()
+    assert read_header(str(path)) == tensors
     offsets = [t.offset for t in tensors.values()]
     assert offsets == sorted(offsets)
 
@@ -124,6 +125,13 @@ def test_a_lying_header_is_named(tmp_path: Path, header: object, data: bytes, wh
         read_header(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert by_the_library(path) is None
+
+
+@pytest.mark.parametrize("n", [(1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64])
+def test_the_largest_sizes(tmp_path: Path, n: int) -> None:
+    empty = {"a": entry(shape=[0, n], offsets=[0, 0])}
+    assert agree(tmp_path, blob_of(empty, b"")) == (n < 1 << 64)
+    assert not agree(tmp_path, blob_of({"a": entry("U8", [n], [0, n])}, b""))
 
 
 def test_errors_stay_short(tmp_path: Path) -> None:

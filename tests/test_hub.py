@@ -122,6 +122,7 @@ def test_a_hub_that_never_answers(
     cache: Path, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert hub.PATIENCE <= 15
+    before = set(threading.enumerate())
     monkeypatch.setattr(hub, "PATIENCE", 0.3)
     online(monkeypatch, silent)
     began = time.perf_counter()
@@ -129,6 +130,24 @@ def test_a_hub_that_never_answers(
     snapshot = store(cache)
     assert hub.resolve("owner/name") == snapshot
     assert time.perf_counter() - began < 5
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive(), "the request outlives its timeout"
+
+
+def test_a_name_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[threading.Thread] = []
+
+    def wait(*_: object, **__: object) -> None:  # what getaddrinfo does, which heeds no timeout
+        asked.append(threading.current_thread())
+        time.sleep(3)
+
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    monkeypatch.setattr(hub.HfApi, "repo_info", wait)
+    began = time.perf_counter()
+    refused("owner/name", "no answer within 0.2 seconds")
+    assert time.perf_counter() - began < 2
+    assert asked[0].daemon, "leaving the program would wait for it"
 
 
 def test_a_hub_that_knows_no_such_repository(
@@ -149,7 +168,7 @@ def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hub, "_unreachable", lambda name, revision: None)
     assert hub.resolve("owner/name@refs/pr/1") == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", "refs/pr/1")
-    assert asked["local_files_only"] is False
+    assert asked["local_files_only"] is False and asked["tqdm_class"] is hub._TerminalBar
     assert {"model*.safetensors", "mtp*.safetensors", "*.json"} <= set(asked["allow_patterns"])
     assert not {"*", "*.safetensors", "*.bin", "*.gguf", "*.py"} & set(asked["allow_patterns"])
     assert hub.resolve("owner/name") == tmp_path and asked["revision"] is None

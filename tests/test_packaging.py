@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import email
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import pip
 from families import make_tiny
+from packaging.requirements import Requirement
 
 import streamer
 from streamer.cli import COMMANDS
@@ -21,12 +25,42 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"streamer", "mtp", "cache", "kernels"}
 
 
-def run(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment that holds the wheel and what it asks for, and nothing else."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(folder, symlinks=True)
+    pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    link_requirements(zipfile.ZipFile(wheel), next(folder.glob("lib/python*/site-packages")))
+    return folder
+
+
+def link_requirements(wheel: zipfile.ZipFile, site: Path) -> None:
+    """Links in `site` to the distributions that the wheel asks for, and that those ask for."""
+    info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = email.message_from_bytes(wheel.read(info)).get_all("Requires-Dist", [])
+    todo = [(text, "") for text in asked]
+    seen = set()
+    while todo:
+        text, extra = todo.pop()
+        requirement = Requirement(text)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if not wanted or text in seen:
+            continue
+        seen.add(text)
+        found = importlib.metadata.distribution(requirement.name)
+        todo += [(t, e) for t in found.requires or [] for e in (requirement.extras or {""})]
+        for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))
+
+
+def run(fresh: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The installed console script."""
     return subprocess.run(
-        [sys.executable, str(site / "bin" / "streamer"), *arguments],
+        [fresh / "bin" / "streamer", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -84,9 +118,9 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
 # Installed
 
 
-def test_the_demo_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
+def test_the_demo_runs_from_another_folder(fresh: Path, tmp_path: Path) -> None:
     done = run(
-        site, tmp_path,
+        fresh, tmp_path,
         "run", "--memory", "50%", "--prompt", "def ", "--max-tokens", "8", "--stats", "stats.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,40 +130,56 @@ def test_the_demo_runs_from_another_folder(site: Path, tmp_path: Path) -> None:
     assert stats["experts"]["slots"] < stats["experts"]["total"]
 
 
-def test_a_checkpoint_is_named_relative_to_where_one_is(site: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_named_relative_to_where_one_is(fresh: Path, tmp_path: Path) -> None:
     make_tiny("qwen3_moe", tmp_path / "tiny")
     done = run(
-        site, tmp_path, "run", "--model", "tiny", "--memory", "min", "--prompt", "a",
+        fresh, tmp_path, "run", "--model", "tiny", "--memory", "min", "--prompt", "a",
         "--max-tokens", "4", "--stats", "stats.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "stats.json").read_text())["tokens"]) == 4
 
 
-def test_the_installed_package_is_the_one_that_ran(site: Path, tmp_path: Path) -> None:
+def test_the_installed_package_is_the_one_that_ran(fresh: Path, tmp_path: Path) -> None:
     script = "import streamer, mtp, cache; print(streamer.__file__, mtp.__file__, cache.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [fresh / "bin" / "python", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert all(Path(file).is_relative_to(site) for file in done.stdout.split())
+    assert all(Path(file).is_relative_to(fresh) for file in done.stdout.split())
+
+
+def test_importing_loads_nothing_until_load_is_used(fresh: Path, tmp_path: Path) -> None:
+    script = """
+import sys
+import streamer
+print(sorted({"mlx", "mlx_lm", "numpy", "transformers"} & set(sys.modules)))
+print(streamer.load.__module__, "mlx" in sys.modules)
+"""
+    done = subprocess.run(
+        [fresh / "bin" / "python", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\nstreamer.loading True\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_subcommand_has_help(command: str, site: Path, tmp_path: Path) -> None:
-    done = run(site, tmp_path, command, "--help")
+def test_every_subcommand_has_help(command: str, fresh: Path, tmp_path: Path) -> None:
+    done = run(fresh, tmp_path, command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: streamer {command}")
 
 
-def test_the_script_names_its_commands_and_refuses_others(site: Path, tmp_path: Path) -> None:
-    listed = run(site, tmp_path, "--help").stdout
+def test_the_script_names_its_commands_and_refuses_others(fresh: Path, tmp_path: Path) -> None:
+    listed = run(fresh, tmp_path, "--help").stdout
     assert all(command in listed for command in COMMANDS)
     for arguments in ([], ["walk"]):
-        done = run(site, tmp_path, *arguments)
+        done = run(fresh, tmp_path, *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 from streamer.loading import load_streamed
 from tools import demo_quantize
-from tools.demo_corpus import is_held_out
+from tools.demo_corpus import is_held_out, save_settings
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "streamer" / "demo"
@@ -105,6 +105,13 @@ def test_tokenizer_round_trip() -> None:
         ids = tokenizer.encode(text)
         assert ids and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == json.loads((DEMO / "config.json").read_text())["eos_token_id"]
+
+
+def test_the_package_has_the_tokenizer_settings_that_an_export_writes(tmp_path: Path) -> None:
+    config = json.loads((DEMO / "config.json").read_text())
+    save_settings(tmp_path, config["text_config"]["max_position_embeddings"])
+    name = "tokenizer_config.json"
+    assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -45,8 +45,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A user's turn is a comment, the answer is the code that follows it: what the model has read.
-# The model continues code: a chat is what was written so far, by whoever.
+# A chat is what was written so far: the model has read code, no turns.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -161,6 +160,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write tokenizer.json and tokenizer_config.json as transformers and mlx-lm load them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    save_settings(folder, context)
+
+
+def save_settings(folder: Path, context: int) -> None:
+    """Write tokenizer_config.json alone. context: the most tokens that the model takes."""
     settings = {
         "tokenizer_class": "Qwen3_5Tokenizer",
         "eos_token": END,

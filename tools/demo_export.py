@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from streamer.errors import CheckpointError
 from tools import demo_checks, demo_quantize, raw_checkpoint
 from tools.demo_card import MEASURES, Measured, card
+from tools.demo_corpus import save_settings
 from tools.dequantize import dequantize
 
 BITS, HEAD_BITS, GROUP = 4, 8, 64
@@ -116,8 +117,9 @@ def write_package(raw: Path, model: nn.Module, config: dict[str, Any], folder: P
     arrays = {name: np.array(tensor) for name, tensor in (tensors | head).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(raw / name, folder / name)
+    shutil.copyfile(raw / "tokenizer.json", folder / "tokenizer.json")
+    # not the raw folder's, which may be from before a change of the template
+    save_settings(folder, config["text_config"]["max_position_embeddings"])
     for path in folder.iterdir():
         path.chmod(0o644)
 
