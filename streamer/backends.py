@@ -26,7 +26,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ from .errors import StreamerError
 
 MACOS = sys.platform == "darwin"
 PAGE = mmap.PAGESIZE
+WINDOW = 256 << 10  # bytes that one mapped read has mapped at a time
+AROUND = 2 << 20  # touching a page maps its neighbours, at most to the ends of its page table
 # Disks have blocks of 512 or 4096 bytes; macOS bypasses its cache by whole pages.
 BLOCK = PAGE if MACOS else 4096
 # <fcntl.h> of macOS; Python 3.11's fcntl module has no names for them.
@@ -184,6 +186,7 @@ class Mapped(Pread):
             for path, fd in zip(files, self.fds, strict=True):
                 empty = os.fstat(fd).st_size == 0
                 self._maps.append(None if empty else _map(path, fd))
+            self._bases = [0 if m is None else _address(m) for m in self._maps]
         except BaseException:
             self.close()
             raise
@@ -198,11 +201,22 @@ class Mapped(Pread):
             mapping.madvise(mmap.MADV_WILLNEED, start, size)
         else:  # the same as MADV_WILLNEED, but mmap.madvise holds the GIL meanwhile
             os.posix_fadvise(fd, start, size, os.POSIX_FADV_WILLNEED)
-        _scatter(np.frombuffer(mapping, np.uint8, nbytes, offset), parts)
-        mapping.madvise(mmap.MADV_DONTNEED, start, size)
+        taken = 0
+        for some in _windows(parts, WINDOW):  # what is mapped counts as this process's memory
+            length = sum(part.nbytes for part in some)
+            _scatter(np.frombuffer(mapping, np.uint8, length, offset + taken), some)
+            mapping.madvise(mmap.MADV_DONTNEED, *self._touched(file, offset + taken, length))
+            taken += length
         if self.drop_behind:
             self._drop(fd, start, size)
         return nbytes
+
+    def _touched(self, file: int, offset: int, nbytes: int) -> tuple[int, int]:
+        """Start and size of what reading the range has mapped: by addresses, not offsets."""
+        base, size = self._bases[file], os.fstat(self.fds[file]).st_size
+        start, span = whole(base + offset, nbytes, AROUND)
+        first = max(0, start - base)
+        return first, min(start + span - base, size) - first
 
     def close(self) -> None:
         super().close()
@@ -233,6 +247,20 @@ def _rest(parts: Sequence[memoryview], skip: int) -> list[memoryview]:
     return rest
 
 
+def _windows(parts: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """`parts` in order, cut into lists of `size` bytes, the last perhaps shorter."""
+    some: list[memoryview] = []
+    room = size
+    for part in parts:
+        while part.nbytes > room:
+            yield [*some, part[:room]]
+            some, part, room = [], part[room:], size
+        some.append(part)
+        room -= part.nbytes
+    if some:
+        yield some
+
+
 def _scatter(source: np.ndarray, parts: Sequence[memoryview]) -> None:
     # np.copyto lets other threads run; copying between memoryviews does not.
     at = 0
@@ -246,6 +274,10 @@ def _map(path: Path, fd: int) -> mmap.mmap:
         return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise StreamerError(f"cannot map {path}: {error}") from error
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
 
 
 def _refused(path: Path, error: OSError) -> StreamerError:
