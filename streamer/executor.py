@@ -118,8 +118,6 @@ class Executor:
         if layer not in self._tables:
             self._tables[layer] = mx.array(self.pool.slot_of[layer])
         y = inner(x, self._tables[layer][indices])
-        if self.pool.slots == self.pool.total:
-            return y
         self._unread.append((layer, indices))
         if len(self._unread) > MAX_UNREAD:
             self._settle()
@@ -148,18 +146,21 @@ class Executor:
         self._tables.clear()
         self.pool = SlotPool(self.pool.slots, [layer.count for layer in self.layers])
 
-    def fill(self, progress: Callable[[int, int], None]) -> None:
-        """Read everything into a pool that holds it all; progress(bytes done, in all)."""
-        self._settle()
-        size, done = stored_bytes(self.arrays.format), 0
-        for layer in range(len(self.layers)):
-            absent = np.flatnonzero(self.pool.slot_of[layer] < 0)
-            slots = self.pool.take(len(absent))
-            self.load(layer, absent.tolist(), slots).wait()
-            for expert, slot in zip(absent.tolist(), slots, strict=True):
+    def fill(self, progress: Callable[[int, int], None]) -> list[nn.Module]:
+        """Read everything into an empty pool that holds it all; progress(bytes done, in all).
+
+        Returns the layers' switches as mlx-lm has them, over their part of the pool.
+        """
+        size, done, switches = stored_bytes(self.arrays.format), 0, []
+        for layer, experts in enumerate(self.layers):
+            slots = sorted(self.pool.take(experts.count))
+            self.load(layer, range(experts.count), slots).wait()
+            for expert, slot in enumerate(slots):
                 self.pool.place(layer, expert, slot)
+            switches.append(self.arrays.bind(experts.switch, slice(slots[0], slots[-1] + 1)))
             done += len(slots) * size
             progress(done, self.pool.total * size)
+        return switches
 
     def _decode(
         self,

@@ -167,7 +167,9 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     load_trunk(opened, trunk_progress)
     for executor in streamer.executors:
         if executor.pool.slots >= executor.pool.total:
-            executor.fill(lambda n, total: progress("experts", n, total))
+            switches = executor.fill(lambda n, total: progress("experts", n, total))
+            paths = [layer.path for layer in executor.layers]
+            model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
     model.streamer = streamer
     return model
 

@@ -57,10 +57,15 @@ class SlotArrays:
             pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, memoryview(dest)))
         return pieces, finish
 
-    def bind(self, switch: nn.Module) -> nn.Module:
-        """The switch with its stacked weights replaced by the pool: call it with slots."""
+    def bind(self, switch: nn.Module, slots: slice = slice(None)) -> nn.Module:
+        """The switch with its stacked weights replaced by (those) slots of the pool.
+
+        Call it with slots, or with experts where `slots` holds a layer's in order.
+        """
         bound = copy.copy(switch)
-        arrays = {(t.projection, t.kind): a for t, a in zip(self.format, self.arrays, strict=True)}
+        parts = [a[slots] for a in self.arrays] if slots != slice(None) else self.arrays
+        mx.eval(parts)  # views of the pool, not copies
+        arrays = {(t.projection, t.kind): a for t, a in zip(self.format, parts, strict=True)}
         for name, linear in projections(switch):
             held = copy.copy(linear)
             for kind in linear.parameters():

@@ -7,11 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from families import make_tiny
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from streamer.errors import StreamerError
-from streamer.experts import stored_bytes
+from streamer.experts import is_switch, stored_bytes
 from streamer.loading import load_streamed
 from streamer.store import Store
 
@@ -91,10 +92,18 @@ def test_slots_are_not_refilled_under_a_pending_pass(tiny: Path) -> None:
         assert mx.array_equal(got, reference(mx.array(TOKENS[i : i + 3])[None]))
 
 
-def test_a_covered_layer_is_not_read_back(tiny: Path) -> None:
+def test_with_all_experts_resident_the_switches_are_mlx_lms_own(tiny: Path) -> None:
     model = load_streamed(tiny)
     run(model, [50, 1, 1])
     assert model.streamer.resident and model.streamer.counters.syncs == 0
+    switches = [m for m in model.modules() if is_switch(m)]
+    assert len(switches) == len(model.streamer.opened.layers)
+    (arrays,) = (e.arrays for e in model.streamer.executors)
+    arrays._bytes[0][:] = 0  # the first tensor of every expert, in the pool
+    for switch in switches:
+        first = dict(tree_flatten(switch.parameters()))
+        name = f"{arrays.format[0].projection}.{arrays.format[0].kind}"
+        assert not first[name].any(), "a copy of the pool"
 
 
 def test_covered_layers_are_counted_and_stay_recent(tiny: Path) -> None:
