@@ -163,11 +163,10 @@ def _in_memory(path: Path, job: dict[str, Any]) -> Any:
     import mlx.core as mx
     from mlx.utils import tree_map
     from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load_model
 
-    from .opened import compute_dtype
+    from .opened import compute_dtype, load_lazily
 
-    model, _ = load_model(path, lazy=True)
+    model, _ = load_lazily(path)
     dtype = compute_dtype(job["dtype"])
     if dtype is not None:
         floating = lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a  # noqa: E731

@@ -21,7 +21,10 @@ MIN_CHUNK = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What each owner may take. `slots` follows the order of `Opened.groups`."""
+    """What each owner may take. `slots` follows the order of `Opened.groups`.
+
+    head: of the MTP head what is not a routed expert; head_kv: its caches; 0 without one.
+    """
 
     limit: int
     runtime: int
@@ -34,6 +37,8 @@ class Budget:
     slots: tuple[int, ...]
     experts: int
     smallest: int
+    head: int = 0
+    head_kv: int = 0
 
     @property
     def resident(self) -> bool:
@@ -42,7 +47,8 @@ class Budget:
 
     @property
     def total(self) -> int:
-        return self.runtime + self.trunk + self.kv + self.workspace + self.pool
+        held = self.runtime + self.trunk + self.head + self.kv + self.head_kv
+        return held + self.workspace + self.pool
 
 
 def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
@@ -71,12 +77,13 @@ def divide(
     """
     runtime = footprint() + SLACK
     trunk, kv = opened.trunk_bytes, opened.kv_bytes(context)
+    head, head_kv = opened.head_bytes, opened.head_kv_bytes(context)
     groups = opened.groups
     least = {fmt: _least_slots(opened, layers) for fmt, layers in groups.items()}
     counts = {fmt: sum(layer.count for layer in layers) for fmt, layers in groups.items()}
     floor = sum(n * held_bytes(fmt) for fmt, n in least.items())
     full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
-    fixed = runtime + trunk + kv
+    fixed = runtime + trunk + head + kv + head_kv
     smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context) + floor
 
     share = _percentage(memory)
@@ -89,10 +96,11 @@ def divide(
         limit = _limit(memory, spare, smallest)
         if limit < smallest:
             raise BudgetError(
-                f"{opened.path.name} does not run in {format_size(limit)}: the smallest budget "
+                f"{opened.name} does not run in {format_size(limit)}: the smallest budget "
                 f"that works is {format_size(smallest, up=True)} (runtime "
-                f"{format_size(runtime)}, trunk {format_size(trunk)}, KV of {context} tokens "
-                f"{format_size(kv)}, workspace and {sum(least.values())} expert slots "
+                f"{format_size(runtime)}, trunk {format_size(trunk)}, "
+                f"{f'MTP head {format_size(head)}, ' if head else ''}KV of {context} tokens "
+                f"{format_size(kv + head_kv)}, workspace and {sum(least.values())} expert slots "
                 f"{format_size(smallest - fixed)})"
             )
         chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
@@ -111,6 +119,8 @@ def divide(
         slots=tuple(slots.values()),
         experts=opened.experts,
         smallest=smallest,
+        head=head,
+        head_kv=head_kv,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .console import say, write_json
 from .errors import UsageError
-from .session import Session
+from .session import Session, chat_tokens
 
 HISTORY = Path.home() / ".cache" / "streamer" / "history"
 
@@ -36,9 +36,7 @@ def converse(session: Session, args: argparse.Namespace) -> int:
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line})
-            tokens = list(
-                session.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            )
+            tokens = chat_tokens(session.tokenizer, messages)
             if len(tokens) + args.max_tokens > session.streamer.budget.context:
                 messages.pop()
                 say(

@@ -25,6 +25,9 @@ from .errors import CheckpointError
 from .header import Tensor, read_header, shown
 
 INDEX = "model.safetensors.index.json"
+# read by mlx-lm and transformers, which do not say which file stops them
+LINK = "its link leads nowhere"
+SETTINGS = ("generation_config.json", "tokenizer_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Checkpoint:
     def _open(cls, path: Path) -> Checkpoint:
         _check_folder(path)
         config = _config(path)
-        index = _weight_map(path)
+        for name in SETTINGS:
+            if os.path.lexists(path / name):
+                _check_end_token(path / name, _object(path / name, LINK))
+        index = weight_map(path)
         _check_files(path, index)
         files = tuple(sorted(path.glob("model*.safetensors")))
         if not files:
@@ -107,12 +113,26 @@ def _check_folder(path: Path) -> None:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    config = _json(path / "config.json", "a checkpoint folder has one")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / 'config.json'} is not a JSON object")
+    config = _object(path / "config.json", "a checkpoint folder has one")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    _check_end_token(path / "config.json", config)
     return config
+
+
+def _check_end_token(path: Path, settings: dict[str, Any]) -> None:
+    tokens = settings.get("eos_token_id")
+    if any(type(t) is not int for t in (tokens if isinstance(tokens, list) else [tokens or 0])):
+        raise CheckpointError(
+            f"{path}: eos_token_id is {json.dumps(tokens)[:60]}, not a token's number or a list"
+        )
+
+
+def _object(path: Path, why: str) -> dict[str, Any]:
+    found = _json(path, why)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return found
 
 
 def _json(path: Path, why: str) -> Any:
@@ -133,11 +153,11 @@ def _instead(path: Path) -> str:
     return ""
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    """File names by tensor name, empty where there is no index."""
+def weight_map(path: Path) -> dict[str, str]:
+    """File names by tensor name, empty where there is no index. Raises CheckpointError."""
     if not os.path.lexists(path / INDEX):
         return {}
-    index = _json(path / INDEX, "its link leads nowhere")
+    index = _json(path / INDEX, LINK)
     weights = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(file, str) and file.isprintable() for file in weights.values()

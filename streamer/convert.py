@@ -39,6 +39,7 @@ from .errors import CheckpointError, StreamerError, UsageError
 from .header import Tensor, read_header
 from .hub import resolve
 from .journal import Journal
+from .opened import load_lazily, open_model
 from .pieces import PIECE, Recipe, piecewise, recipe
 from .shards import Spec, pack, put_in_place, shard_name, small_files, write_index
 
@@ -140,11 +141,9 @@ def convert(src: Path, dst: Path, options: Options) -> None:
 
 def _parameters(source: Checkpoint, options: Options) -> tuple[dict[str, Recipe], dict[str, Any]]:
     """How to make the model's parameters, by name, and the configuration that goes with them."""
-    from mlx_lm.utils import load_model
-
     try:
         with piecewise(source):
-            model, config = load_model(source.path, lazy=True)
+            model, config = load_lazily(source.path)
             if options.dtype is not None:
                 _cast(model, getattr(mx, options.dtype))
             if options.quantizes:
@@ -294,8 +293,6 @@ def _finish(
 ) -> None:
     """Add what goes with the shards, and open the whole as the loader will."""
     from mlx_lm.utils import save_config
-
-    from .opened import open_model
 
     write_index(folder, shards)
     save_config(config, folder / "config.json", keep_vision_config=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .errors import LayoutError
+from .hub import called
 from .trace import source_of
 
 
@@ -135,7 +137,10 @@ def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) 
 
 
 def _refusal(root: Path, what: str) -> str:
+    name = called(root)
+    # not into the hub's cache
+    new = f"{name if name == str(root) else name.rpartition('/')[2]}-streamable"
     return (
-        f"the experts of {root} cannot be paged in place ({what}); "
-        f"convert it once: python -m streamer.convert {root} {root}-streamable"
+        f"the experts of {name} cannot be paged in place ({what}); "
+        f"convert it once: python -m streamer.convert {quote(str(root))} {quote(new)}"
     )

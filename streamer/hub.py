@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm, validate_repo_id
 
+from .checkpoint import weight_map
 from .errors import CheckpointError
 
 PATIENCE = 10.0  # seconds
@@ -38,9 +40,9 @@ PATTERNS = [
 def resolve(model: str) -> Path:
     """The checkpoint folder of a local path or `owner/name[@revision]`.
 
-    A repository is fetched into the hub's cache, only what is needed; files that
-    an earlier fetch finished are kept, one cut in the middle starts again (hub
-    2.x). Raises CheckpointError.
+    A repository is fetched into the hub's cache, only what is needed, and what its
+    index names; files that an earlier fetch finished are kept, one cut in the
+    middle starts again (hub 2.x). Raises CheckpointError.
     """
     path = os.path.expanduser(model)
     if os.path.exists(path):
@@ -49,6 +51,13 @@ def resolve(model: str) -> Path:
     if not _is_repository(name) or (at and not revision):
         raise CheckpointError(f"no such folder: {model or 'the name is empty'}")
     return _fetch(model, name, revision or None)
+
+
+def called(folder: Path) -> str:
+    """The name that leads to `folder`: of its repository where it lies in the hub's cache."""
+    *_, repository, kind, _ = ("", "", *folder.absolute().parts)
+    parts = repository.split("--")
+    return "/".join(parts[1:]) if (kind, parts[0]) == ("snapshots", "models") else str(folder)
 
 
 class _TerminalBar(tqdm):
@@ -69,14 +78,23 @@ def _is_repository(name: str) -> bool:
 
 def _fetch(model: str, name: str, revision: str | None) -> Path:
     unreachable = _unreachable(name, revision)
-    try:
+
+    def snapshot(patterns: list[str]) -> Path:
         folder = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=PATTERNS,
+            allow_patterns=patterns,
             local_files_only=unreachable is not None,
             tqdm_class=_TerminalBar,
         )
+        return Path(folder)
+
+    try:
+        folder = snapshot(PATTERNS)
+        named = set(weight_map(folder).values()) - set(os.listdir(folder))
+        return snapshot([escape(file) for file in sorted(named)]) if named else folder
+    except CheckpointError:
+        raise
     except GatedRepoError as error:
         raise CheckpointError(f"{model} asks for a licence to be accepted on the hub") from error
     except RepositoryNotFoundError as error:
@@ -94,7 +112,6 @@ def _fetch(model: str, name: str, revision: str | None) -> Path:
         ) from error
     except Exception as error:  # httpx, OSError: the network has many ways to fail
         raise CheckpointError(f"{model} could not be fetched: {_line(error)}") from error
-    return Path(folder)
 
 
 def _unreachable(name: str, revision: str | None) -> str | None:

@@ -148,7 +148,7 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     """Read the trunk, make the pools, swap the switches; the model is ready to call."""
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
-            f"{opened.path.name} has no routed experts to page and needs "
+            f"{opened.name} has no routed experts to page and needs "
             f"{format_size(budget.total)}; the budget is {format_size(budget.limit)}"
         )
     mx.set_cache_limit(budget.workspace // 3)
@@ -162,7 +162,7 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     def trunk_progress(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        progress("trunk", done, budget.trunk)
+        progress("trunk", done, budget.trunk + budget.head)
 
     load_trunk(opened, trunk_progress)
     for executor in streamer.executors:
@@ -206,7 +206,7 @@ def _open_store(opened: Opened, budget: Budget, io: str) -> tuple[Store | None, 
         raise UsageError(f"--io must be auto, mmap, pread or direct, not {io!r}")
     if not opened.layers:
         return None, "none"
-    files = opened.checkpoint.files
+    files = opened.files
     if io != "auto":
         return Store(files, backend=cast(Backend, io)), io
     choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))

@@ -7,9 +7,11 @@ costs. The planner and the loader both start here, so they cannot disagree.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PosixPath
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +20,11 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from mtp.find import head_names
+from mtp.head import Head
+
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, StreamerError
+from .errors import CheckpointError, LayoutError, StreamerError
 from .experts import (
     ExpertFormat,
     LayerExperts,
@@ -29,17 +34,23 @@ from .experts import (
     projections,
     stored_bytes,
 )
+from .head import Found, read_head
+from .hub import called
 from .trace import plain, tracing
 
 KV_STEP = 256  # mlx-lm's caches grow by this many tokens
+HEAD = "mtp"  # the model's child that is its MTP head
 
 
 @dataclass
 class Opened:
     """A model whose weights are still on disk.
 
-    layers: its MoE layers, empty for a dense model; top_k: experts a row asks
-    of each layer; widen: dtype that floating tensors are held in, or None.
+    layers: its MoE layers, the head's last, empty for a dense model; top_k: experts
+    a row asks of each layer; widen: dtype that floating tensors are held in, or None;
+    files: those that hold weights, a head's side file last; head: the MTP head, also
+    `model.mtp`, where it was asked for and is there; head_notes: what was decided
+    about it, or why there is none.
     """
 
     path: Path
@@ -49,7 +60,16 @@ class Opened:
     layers: list[LayerExperts]
     top_k: int
     widen: mx.Dtype | None
+    files: tuple[Path, ...]
+    head: Head | None
+    head_notes: tuple[str, ...]
     _caches: list[Any]
+    _head_caches: list[Any]
+
+    @property
+    def name(self) -> str:
+        """Of the model, for people."""
+        return os.path.basename(os.path.abspath(called(self.path)))
 
     @property
     def groups(self) -> dict[ExpertFormat, list[LayerExperts]]:
@@ -58,6 +78,11 @@ class Opened:
         for layer in self.layers:
             groups.setdefault(layer.format, []).append(layer)
         return groups
+
+    @property
+    def trunk_layers(self) -> list[LayerExperts]:
+        """The MoE layers without the MTP head's."""
+        return [layer for layer in self.layers if not in_head(layer.path)]
 
     @property
     def experts(self) -> int:
@@ -69,13 +94,25 @@ class Opened:
 
     @property
     def trunk_bytes(self) -> int:
-        """Held bytes of everything that is not a routed expert."""
-        return sum(_held(p, self.widen) * p.size for _, p in trunk_parameters(self.model))
+        """Held bytes of everything that is neither a routed expert nor the MTP head's."""
+        return self._resident_bytes(head=False)
+
+    @property
+    def head_bytes(self) -> int:
+        """Held bytes of the MTP head without its routed experts."""
+        return self._resident_bytes(head=True)
+
+    def _resident_bytes(self, *, head: bool) -> int:
+        parameters = [p for n, p in trunk_parameters(self.model) if in_head(n) == head]
+        return sum(_held(p, self.widen) * p.size for p in parameters)
 
     def kv_bytes(self, context: int) -> int:
-        """Bytes of the caches at `context` tokens, as mlx-lm allocates them."""
-        rows = -(-max(context, 1) // KV_STEP) * KV_STEP
-        return sum(_cache_bytes(cache, rows) for cache in self._caches)
+        """Bytes of the trunk's caches at `context` tokens, as mlx-lm allocates them."""
+        return _kv_bytes(self._caches, context)
+
+    def head_kv_bytes(self, context: int) -> int:
+        """Bytes of the MTP head's caches at `context` tokens."""
+        return _kv_bytes(self._head_caches, context)
 
     def text(self, key: str, default: int) -> int:
         """An integer of the (text) configuration."""
@@ -94,14 +131,19 @@ def compute_dtype(name: str) -> mx.Dtype | None:
     return mx.float32 if name == "float32" else None
 
 
-def open_model(path: Path, dtype: str = "auto") -> Opened:
-    """Open a checkpoint folder. Raises CheckpointError and LayoutError."""
+def open_model(path: Path, dtype: str = "auto", *, mtp: bool = False) -> Opened:
+    """Open a checkpoint folder, with its MTP head if `mtp`. Raises CheckpointError and LayoutError.
+
+    A head that is missing or cannot be used is no error: `Opened.head_notes` says why.
+    """
     checkpoint = Checkpoint.open(path)
     widen = compute_dtype(dtype)
     try:
-        with tracing(checkpoint):
-            model, config = mlx_lm.utils.load_model(path, lazy=True)
-        top_k, caches = _shapes(model)
+        # mlx-lm leaves heads out, but not those of every family in every form
+        with tracing(checkpoint, hidden=head_names(checkpoint.config, checkpoint.tensors)):
+            model, config = load_lazily(path)
+        found = _with_head(checkpoint, model, config, widen) if mtp else Found.none(checkpoint)
+        top_k, caches, head_caches = _shapes(model, found.head)
     except StreamerError:
         raise
     except Exception as error:  # a model file may stumble over a configuration anywhere
@@ -109,7 +151,52 @@ def open_model(path: Path, dtype: str = "auto") -> Opened:
         raise CheckpointError(f"{path} does not load as {name!r}: {_line(error)}") from error
     layers = find_experts(model, path, widen)
     _check_runs_here(path, layers)
-    return Opened(path, checkpoint, config, model, layers, top_k, widen, caches)
+    return Opened(
+        path=path,
+        checkpoint=checkpoint,
+        config=config,
+        model=model,
+        layers=layers,
+        top_k=top_k,
+        widen=widen,
+        files=found.files,
+        head=found.head,
+        head_notes=found.notes,
+        _caches=caches,
+        _head_caches=head_caches,
+    )
+
+
+def in_head(path: str) -> bool:
+    """Whether a module or parameter of the model is the MTP head's."""
+    return path.startswith(f"{HEAD}.")
+
+
+def _with_head(
+    checkpoint: Checkpoint, model: nn.Module, config: dict[str, Any], widen: mx.Dtype | None
+) -> Found:
+    """The head, made a child of `model`, so that it is loaded and paged with the rest."""
+    found = read_head(checkpoint, model, config)
+    if found.head is None:
+        return found
+    try:
+        find_experts(found.head, checkpoint.path, widen)
+    except LayoutError as error:
+        return Found.none(checkpoint, f"{checkpoint.path.name} is used without MTP head: {error}")
+    model[HEAD] = found.head
+    return found
+
+
+def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model of a folder of any name, nothing read yet, and its configuration."""
+    return mlx_lm.utils.load_model(_Folder(path), lazy=True)
+
+
+class _Folder(PosixPath):
+    """mlx-lm looks for shards with glob, to which a name such as `a[1]` is a pattern."""
+
+    def __truediv__(self, name: str) -> Path:  # type: ignore[override]
+        return Path(escape(str(self)) if "*" in name else str(self)) / name
 
 
 def trunk_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
@@ -157,17 +244,31 @@ class _Recorder(nn.Module):
         return mx.zeros((*indices.shape, x.shape[-1]), dtype=x.dtype)
 
 
-def _shapes(model: nn.Module) -> tuple[int, list[Any]]:
-    """The routers' top-k and caches of two tokens, from a pass that is never evaluated."""
+def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[Any], list[Any]]:
+    """The routers' top-k, and the trunk's and the head's caches of two tokens.
+
+    From a pass that is never evaluated.
+    """
     switches = [(path, m) for path, m in model.named_modules() if is_switch(m)]
     seen: list[int] = []
     caches = make_prompt_cache(model)
+    head_caches = head.make_cache() if head else []
+    tokens = mx.zeros((1, 2), dtype=mx.int32)
     try:
         model.update_modules(tree_unflatten([(path, _Recorder(seen, m)) for path, m in switches]))
-        model(mx.zeros((1, 2), dtype=mx.int32), cache=caches)
+        model(tokens, cache=caches)
+        if head:
+            hidden = head.trunk.embed(tokens)
+            for step in range(head.depth):
+                head(hidden, tokens, head_caches, step)
     finally:
         model.update_modules(tree_unflatten(switches))
-    return max(seen, default=0), caches
+    return max(seen, default=0), caches, head_caches
+
+
+def _kv_bytes(caches: list[Any], context: int) -> int:
+    rows = -(-max(context, 1) // KV_STEP) * KV_STEP
+    return sum(_cache_bytes(cache, rows) for cache in caches)
 
 
 def _cache_bytes(cache: Any, rows: int) -> int:

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from .console import Parser, command, number
@@ -44,6 +43,7 @@ def parser() -> Parser:
     p.add_argument("--memory", help="8GB, 50%% (of the experts), min; default: what can be spared")
     p.add_argument("--context", type=number(1, 1 << 30, int), default=4096, help="tokens")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
+    p.add_argument("--mtp", choices=("auto", "off"), default="off", help="plan for the MTP head")
     p.add_argument("--json", action="store_true")
     return p
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from .run import DEMO
 
     path = resolve(args.model) if args.model else DEMO
-    opened = open_model(path, args.dtype)
+    opened = open_model(path, args.dtype, mtp=args.mtp == "auto")
     open_tokenizer(opened)  # its memory belongs to the runtime that is measured
     spare = default_budget()[0] if args.memory is None else None
     budget = divide(opened, args.memory, args.context, spare=spare)
@@ -67,17 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"budget": asdict(budget), **describe(opened), **asdict(forecast)}))
     else:
-        print(table(path, opened, budget, forecast))
+        print(table(opened, budget, forecast))
     return 0
 
 
 def foresee(opened: Any, budget: Any) -> Forecast:
-    """Hit rate, reads and speed that `budget` should give."""
+    """Hit rate, reads and speed that `budget` should give, without drafting."""
     from .experts import stored_bytes
     from .loading import expert_bytes
     from .probe import choose_backend
 
-    layers = opened.layers
+    layers = opened.trunk_layers
     asked = sum(opened.top_k * stored_bytes(layer.format) for layer in layers)
     share = min(1.0, sum(budget.slots) / max(1, opened.experts))
     hits = (share, max(share, _lru_hits(share)))
@@ -85,7 +85,7 @@ def foresee(opened: Any, budget: Any) -> Forecast:
     compute = active_weights(opened) / multiply_rate()
     rate, reason = float("inf"), "nothing is read"
     if layers:
-        files = opened.checkpoint.files
+        files = opened.files
         choice = choose_backend(files, expert_bytes(opened), budget.limit - budget.runtime)
         rate, reason = choice.bandwidth_bytes_per_s, choice.reason
     speed = tuple(1 / (compute + r / rate) for r in reads)
@@ -94,14 +94,16 @@ def foresee(opened: Any, budget: Any) -> Forecast:
 
 def active_weights(opened: Any) -> int:
     """Weights that one token multiplies with: the trunk's matrices and its experts."""
-    from .opened import trunk_parameters
+    from .opened import in_head, trunk_parameters
 
     trunk = 0
     for path, array in trunk_parameters(opened.model):
+        if in_head(path):
+            continue
         if array.ndim >= 2 and not path.endswith(("scales", "biases", "embed_tokens.weight")):
             trunk += array.size * (32 // _bits(opened, path, array))
-    experts = sum(opened.top_k * _expert_weights(opened, layer.switch) for layer in opened.layers)
-    return trunk + experts
+    switches = [layer.switch for layer in opened.trunk_layers]
+    return trunk + sum(opened.top_k * _expert_weights(opened, switch) for switch in switches)
 
 
 def _bits(opened: Any, path: str, array: Any) -> int:
@@ -147,20 +149,22 @@ def describe(opened: Any) -> dict[str, Any]:
         "experts": opened.experts,
         "experts_per_token": opened.top_k,
         "bytes_per_expert": expert_bytes(opened),
+        "mtp": list(opened.head_notes),
     }
 
 
-def table(path: Path, opened: Any, budget: Any, forecast: Forecast) -> str:
+def table(opened: Any, budget: Any, forecast: Forecast) -> str:
     """The plan for people."""
     from .footprint import format_size
     from .loading import expert_bytes
 
     layers = len(opened.layers)
     rows = [
-        ("model", f"{path.name}, {format_size(opened.checkpoint.nbytes)} on disk"),
+        ("model", f"{opened.name}, {format_size(opened.checkpoint.nbytes)} on disk"),
         ("budget", format_size(budget.limit)),
         ("  runtime", format_size(budget.runtime)),
         ("  trunk", format_size(budget.trunk)),
+        *_head_rows(opened, budget),
         ("  KV cache", f"{format_size(budget.kv)} for {budget.context} tokens"),
         ("  workspace", f"{format_size(budget.workspace)}, prefill {budget.chunk} tokens a pass"),
     ]
@@ -184,6 +188,18 @@ def table(path: Path, opened: Any, budget: Any, forecast: Forecast) -> str:
     low, high = forecast.tokens_per_second
     rows.append(("speed", f"{low:.1f} to {high:.1f} tokens/s"))
     return "\n".join(f"{name:12} {text}" for name, text in rows)
+
+
+def _head_rows(opened: Any, budget: Any) -> list[tuple[str, str]]:
+    """The MTP head's share of the budget; why there is none, where one was asked for."""
+    from .footprint import format_size
+
+    if opened.head is None:
+        return [("  MTP head", "; ".join(opened.head_notes))] if opened.head_notes else []
+    experts = sum(x.count for x in opened.layers) - sum(x.count for x in opened.trunk_layers)
+    paged = f", {experts} experts paged with the trunk's" if experts else ""
+    row = f"{format_size(budget.head)}, its KV cache {format_size(budget.head_kv)}{paged}"
+    return [("  MTP head", row)]
 
 
 def _lru_hits(share: float) -> float:

@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .budget import divide
 from .console import bar
 from .engine import Timing, generate
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
 from .loading import Streamer, attach, open_tokenizer
@@ -47,15 +47,22 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[int]:
     if tokenizer.has_chat_template and not raw:
-        return list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True
-            )
-        )
+        return chat_tokens(tokenizer, [{"role": "user", "content": prompt}])
     tokens = list(tokenizer.encode(prompt))
     if not tokens:
         raise UsageError("the prompt has no tokens")
     return tokens
+
+
+def chat_tokens(tokenizer: TokenizerWrapper, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation by the model's own template. Raises CheckpointError where that fails."""
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, and may refuse a role
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the model's chat template fails: {text}; --raw prompts without it"
+        ) from error
 
 
 class Session:
@@ -90,7 +97,7 @@ class Session:
             experts = f"all {s.total} experts in memory"
         why = f" ({self._why})" if self._why else ""
         return (
-            f"{s.opened.path.name}: budget {format_size(b.limit)}{why}: runtime "
+            f"{s.opened.name}: budget {format_size(b.limit)}{why}: runtime "
             f"{format_size(b.runtime)}, trunk {format_size(b.trunk)}, KV {format_size(b.kv)} for "
             f"{b.context} tokens, workspace {format_size(b.workspace)}, {experts}, reads by {s.io}"
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,9 +156,13 @@ def plain(array: mx.array) -> mx.array:
 
 
 @contextlib.contextmanager
-def tracing(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within the block, `mx.load` of the checkpoint's files gives traced arrays."""
+def tracing(checkpoint: Checkpoint, hidden: Collection[str] = ()) -> Iterator[None]:
+    """Within the block, `mx.load` of the checkpoint's files gives traced arrays.
+
+    hidden: names of tensors that are not given.
+    """
     index = {str(path): i for i, path in enumerate(checkpoint.files)}
+    hidden = set(hidden)
     real = {name: getattr(mx, name) for name in _PATCHES} | {"load": mx.load}
 
     def load(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,6 +172,8 @@ def tracing(checkpoint: Checkpoint) -> Iterator[None]:
         number = index.get(str(file))
         if number is None:
             return arrays
+        for name in hidden & arrays.keys():
+            del arrays[name]
         for name, array in arrays.items():
             offset = checkpoint.tensors[name].offset
             start = np.array(number << FILE_SHIFT | offset, dtype=np.int64)

@@ -1,6 +1,7 @@
 """Bad input: one line on stderr that says what and where, exit code 2, nothing on stdout."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from families import make_tiny
 
 from streamer import plan, run
 from streamer.checkpoint import INDEX
+from streamer.opened import open_model
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,13 @@ def lose_tokenizer(model: Path) -> None:
         file.unlink()
 
 
+def write(name: str, data: bytes) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        (model / name).write_bytes(data)
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
@@ -111,6 +120,11 @@ def lose_tokenizer(model: Path) -> None:
         (change(num_experts=1000), "does not load"),
         (change(vocab_size=None), "does not load"),
         (change(quantization={"bits": 77}), "does not load"),
+        (change(eos_token_id="</s>"), "config.json: eos_token_id"),
+        (write("generation_config.json", b"[]"), "generation_config.json is not a JSON object"),
+        (write("generation_config.json", b"\xff"), "generation_config.json is not valid JSON"),
+        (write("tokenizer_config.json", b"{"), "tokenizer_config.json is not valid JSON"),
+        (write("tokenizer.json", b"{"), "no usable tokenizer"),
     ],
 )
 def test_damage(
@@ -123,6 +137,45 @@ def test_damage(
     message = refused(capsys, "--model", str(model), "--prompt", "x")
     assert what in message or (what == "header" and "model" in message)
     assert plan.main(["--model", str(model)]) == 2
+
+
+def test_a_chat_template_that_fails(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("{% if", "{{ raise_exception('no roles') }}", "{{ messages[7].content }}"):
+        (model / "chat_template.jinja").write_text(text)
+        assert "chat template fails" in refused(capsys, "--model", str(model), "--prompt", "x")
+    assert run.main(["--model", str(model), "--prompt", "x", "--raw", "--max-tokens", "1"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a[1]b", "[x]", "*", "[[]", "a?b", "it's a {name}"])
+def test_names_of_folders(
+    whole: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "axb")  # which `*` and `a?b` would find too
+    model = shutil.copytree(whole, tmp_path / name)
+    argv = ["--prompt", "x", "--raw", "--max-tokens", "2"]
+    assert run.main(["--model", str(whole), *argv]) == 0
+    expected = capsys.readouterr().out
+    assert run.main(["--model", str(model), *argv]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected and err.startswith(f"{name}: budget ")
+
+
+def test_the_command_that_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It works when it is pasted, whatever the folder is called."""
+    hub = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    for path, where in ((tmp_path / "a [1]'b", tmp_path), (hub, None)):
+        make_tiny("llama4", path, layout="hf")
+        message = refused(capsys, "--model", str(path), "--prompt", "x")
+        command = shlex.split(message.rpartition("convert it once: ")[2])
+        assert command[:4] == ["python", "-m", "streamer.convert", str(path)]
+        assert Path(command[4]).parent == (where or Path())
+        assert Path(command[4]).name == f"{'name' if where is None else path.name}-streamable"
+
+
+def test_the_name_of_a_repository(whole: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(whole, hub)
+    assert open_model(hub).name == "name"
 
 
 def test_a_process_of_its_own(model: Path) -> None:

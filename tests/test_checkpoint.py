@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from streamer.checkpoint import INDEX, Checkpoint
+from streamer.checkpoint import INDEX, SETTINGS, Checkpoint
 from streamer.errors import CheckpointError
 
 pytestmark = pytest.mark.smoke
@@ -43,7 +43,7 @@ def test_a_whole_one(folder: Path) -> None:
     ]
     assert [p.name for p in checkpoint.side_files] == ["mtp.safetensors"]
     (folder / "._mtp.safetensors").write_bytes(b"macOS puts these on foreign disks")
-    (folder / "generation_config.json").write_text("{")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert Checkpoint.open(folder) == checkpoint
 
 
@@ -102,6 +102,7 @@ def test_no_folder(tmp_path: Path) -> None:
         ("{}", "names no model_type"),
         ('{"model_type": ""}', "names no model_type"),
         ('{"model_type": 3}', "names no model_type"),
+        ('{"model_type": "olmoe", "eos_token_id": "</s>"}', 'config.json: eos_token_id is "</s>"'),
     ],
 )
 def test_configurations(folder: Path, text: str | None, what: str) -> None:
@@ -109,6 +110,27 @@ def test_configurations(folder: Path, text: str | None, what: str) -> None:
     if text is not None:
         (folder / "config.json").write_text(text)
     refused(folder, what)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"[]", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe{", "is not valid JSON: 'utf-8' codec"),
+        (b'{"eos_token_id": [1, "2"]}', 'eos_token_id is .1, "2"., not a token'),
+        (b'{"eos_token_id": true}', "eos_token_id is true"),
+        (None, "is missing; its link leads nowhere"),
+    ],
+)
+def test_settings(folder: Path, name: str, data: bytes | None, what: str) -> None:
+    if data is None:
+        (folder / name).symlink_to("a-blob-that-is-gone")
+    else:
+        (folder / name).write_bytes(data)
+    refused(folder, f"{name}:? {what}")
 
 
 def test_other_formats(folder: Path) -> None:

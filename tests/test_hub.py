@@ -1,6 +1,7 @@
 """What a model's name leads to, with the real huggingface_hub wherever that needs no network."""
 
 import io
+import json
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from streamer import hub
+from streamer.checkpoint import INDEX
 from streamer.errors import CheckpointError
 
 pytestmark = pytest.mark.smoke
@@ -172,6 +174,35 @@ def test_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {"model*.safetensors", "mtp*.safetensors", "*.json"} <= set(asked["allow_patterns"])
     assert not {"*", "*.safetensors", "*.bin", "*.gguf", "*.py"} & set(asked["allow_patterns"])
     assert hub.resolve("owner/name") == tmp_path and asked["revision"] is None
+
+
+@pytest.mark.parametrize("index", [None, ["model.safetensors"], ["model.safetensors", "a[1].st"]])
+def test_what_the_index_names_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: list[str] | None
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if index:
+        weights = {f"w{i}": file for i, file in enumerate(index)}
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+    asked: list = []
+
+    def fetch(name: str, **options: object) -> str:
+        asked.append((options["revision"], options["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "_unreachable", lambda name, revision: None)
+    assert hub.resolve("owner/name@v1") == tmp_path
+    more = [("v1", ["a[[]1].st"])] if index and len(index) > 1 else []
+    assert asked == [("v1", hub.PATTERNS), *more]
+    (tmp_path / INDEX).write_text("[")
+    refused("owner/name", "index.json is not valid JSON")
+
+
+def test_what_a_folder_is_called(tmp_path: Path) -> None:
+    assert hub.called(tmp_path) == str(tmp_path)
+    assert hub.called(store(tmp_path)) == "owner/name"
+    assert hub.called(Path("m")) == "m" and hub.called(Path("/")) == "/"
 
 
 def failure(kind: type[Exception], **attributes: object) -> Exception:

@@ -1,0 +1,104 @@
+"""Read a model's MTP head from where its checkpoint keeps it, without reading its weights.
+
+    python -m streamer.head --model PATH      # what is found, or why nothing is
+
+A side file beside the checkpoint (`mtp.safetensors`, as tools/extract_mtp.py and
+the converter write it) goes before tensors inside it, which mlx-lm leaves out.
+The head is loaded like the trunk, lazily and with the place of every byte, so
+that its experts are paged through the same store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mtp.find import Head, HeadError, find_head, head_names
+
+from .checkpoint import Checkpoint
+from .console import Parser, command
+from .errors import CheckpointError
+from .header import read_header
+from .trace import tracing
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """head: None where there is none that works; files: the checkpoint's and the head's own.
+
+    notes: what was decided while it was built, or the one reason for there being none.
+    """
+
+    head: Head | None
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def none(cls, checkpoint: Checkpoint, *notes: str) -> Found:
+        return cls(None, checkpoint.files, notes)
+
+
+def read_head(checkpoint: Checkpoint, model: nn.Module, config: dict[str, Any]) -> Found:
+    """The head of `checkpoint`, built for mlx-lm's `model`; its parameters are lazy.
+
+    A head that is damaged is not used, and `notes` says why.
+    """
+    try:
+        held, names = _holder(checkpoint, config)
+        if not names:
+            return Found.none(checkpoint, f"{checkpoint.path.name} has no MTP head")
+        with tracing(held):
+            head = find_head(model, config, _lazy(held, names))
+        if head is None:
+            raise HeadError("only copies of the trunk's tensors are there")
+    except (CheckpointError, HeadError) as error:
+        return Found.none(checkpoint, f"{checkpoint.path.name} is used without MTP head: {error}")
+    return Found(head, held.files, tuple(head.notes))
+
+
+def _holder(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint, with the side file that has the head where there is one; the head's names."""
+    beside = sorted(checkpoint.side_files, key=lambda p: (not p.name.startswith("mtp"), p.name))
+    for file in beside:
+        header = read_header(file)
+        if names := head_names(config, header):
+            held = dataclasses.replace(
+                checkpoint,
+                tensors=checkpoint.tensors | header,
+                files=(*checkpoint.files, file),
+            )
+            return held, names
+    return checkpoint, head_names(config, checkpoint.tensors)
+
+
+def _lazy(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
+    wanted: dict[Path, list[str]] = {}
+    for name in names:
+        wanted.setdefault(checkpoint.tensors[name].path, []).append(name)
+    arrays: dict[str, mx.array] = {}
+    for file, inside in wanted.items():
+        loaded = cast(dict[str, mx.array], mx.load(str(file)))
+        arrays |= {name: loaded[name] for name in inside}
+    return arrays
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="streamer.head", description="Show a checkpoint's MTP head.")
+    parser.add_argument("--model", required=True, help="folder or repository")
+    args = parser.parse_args(argv)
+    from .hub import resolve
+    from .opened import open_model
+
+    opened = open_model(resolve(args.model), mtp=True)
+    print(*opened.head_notes, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
