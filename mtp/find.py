@@ -74,6 +74,7 @@ def find_head(
             parts.setdefault(int(match[1]), {})[match[2]] = array
     if not parts:
         return None
+    parts = family.units(parts)
     if sorted(parts) != list(range(len(parts))):
         raise HeadError(f"the MTP head has unit {max(parts)} and not all before it")
     head, packed = _assemble(model, family, text, parts)

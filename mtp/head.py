@@ -141,7 +141,13 @@ class Head(nn.Module):
         return [cache for unit in self.units for cache in unit.make_cache()]
 
     def __call__(
-        self, hidden: mx.array, tokens: mx.array, cache: list[Any], step: int = 0
+        self,
+        hidden: mx.array,
+        tokens: mx.array,
+        cache: list[Any],
+        step: int = 0,
+        *,
+        last: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Draft one token further for each row.
 
@@ -149,12 +155,13 @@ class Head(nn.Module):
         or what the step before returned. tokens: [B, T], the tokens t+1+step.. that
         follow. cache: from `make_cache`; only the unit of `step` adds rows to its own.
         Returns logits [B, T, V] of the tokens after those, and hidden [B, T, D] for
-        the next step.
+        the next step. last: logits [B, 1, V] of the last row alone.
         """
         unit = self.units[min(step, self.depth - 1)]
         x = unit(self.trunk.embed(tokens), hidden, self.cache_of(cache, step))
         normed = unit.norm(x)
-        logits = unit.lm_head(normed) if "lm_head" in unit else self.trunk.logits(normed)
+        ends = normed[:, -1:] if last else normed
+        logits = unit.lm_head(ends) if "lm_head" in unit else self.trunk.logits(ends)
         return logits, normed if self.hidden == "post_norm" else x
 
     def cache_of(self, cache: list[Any], step: int) -> list[Any]:

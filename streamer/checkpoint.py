@@ -49,7 +49,7 @@ class Checkpoint:
     @classmethod
     def _open(cls, path: Path) -> Checkpoint:
         _check_folder(path)
-        config = _config(path)
+        config = read_config(path)
         for name in SETTINGS:
             if os.path.lexists(path / name):
                 _check_end_token(path / name, _object(path / name, LINK))
@@ -65,6 +65,7 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors")
         _check_index(path, index, headers)
+        _check_packing(path, tensors)
         return cls(path, config, tensors, files, side_files)
 
     @property
@@ -112,7 +113,8 @@ def _check_folder(path: Path) -> None:
     raise CheckpointError(f"{path} is a file, not a checkpoint folder: {hint}")
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises CheckpointError."""
     config = _object(path / "config.json", "a checkpoint folder has one")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
@@ -187,6 +189,15 @@ def _merge(path: Path, headers: dict[str, dict[str, Tensor]]) -> dict[str, Tenso
                 )
             tensors[name] = tensor
     return tensors
+
+
+def _check_packing(path: Path, tensors: dict[str, Tensor]) -> None:
+    packed = (n for n in tensors if n.endswith(".qweight") and ".experts." in n)
+    if name := min(packed, default=None):
+        raise CheckpointError(
+            f"{path}: {shown(name)} is packed by AWQ or GPTQ, which mlx-lm does not read in "
+            "experts; use a conversion made for MLX, or the unquantized model"
+        )
 
 
 def _check_index(path: Path, index: dict[str, str], headers: dict[str, dict[str, Tensor]]) -> None:

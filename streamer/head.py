@@ -11,6 +11,7 @@ that its experts are paged through the same store.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,12 @@ def read_head(checkpoint: Checkpoint, model: nn.Module, config: dict[str, Any]) 
     except (CheckpointError, HeadError) as error:
         return Found.none(checkpoint, f"{checkpoint.path.name} is used without MTP head: {error}")
     return Found(head, held.files, tuple(head.notes))
+
+
+def advice(path: Path) -> str:
+    """The command that makes a side file of the head which `path` itself has."""
+    folder = shlex.quote(str(path))
+    return f"python -m tools.extract_mtp {folder} --beside {folder}"
 
 
 def _holder(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[Checkpoint, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,22 @@ PATTERNS = [
 ]  # fmt: skip
 
 
-def resolve(model: str) -> Path:
+def missing(folder: Path) -> list[str]:
+    """Files that the index of `folder` names and that are not there."""
+    return sorted(set(weight_map(folder).values()) - set(os.listdir(folder)))
+
+
+def resolve(
+    model: str,
+    patterns: list[str] = PATTERNS,
+    more: Callable[[Path], list[str]] = missing,
+) -> Path:
     """The checkpoint folder of a local path or `owner/name[@revision]`.
 
-    A repository is fetched into the hub's cache, only what is needed, and what its
-    index names; files that an earlier fetch finished are kept, one cut in the
-    middle starts again (hub 2.x). Raises CheckpointError.
+    A repository is fetched into the hub's cache, only what is needed: files like
+    `patterns`, then those that `more` asks for when it sees them. Files that an
+    earlier fetch finished are kept, one cut in the middle starts again (hub 2.x).
+    Raises CheckpointError.
     """
     path = os.path.expanduser(model)
     if os.path.exists(path):
@@ -50,7 +61,7 @@ def resolve(model: str) -> Path:
     name, at, revision = model.partition("@")
     if not _is_repository(name) or (at and not revision):
         raise CheckpointError(f"no such folder: {model or 'the name is empty'}")
-    return _fetch(model, name, revision or None)
+    return _fetch(model, name, revision or None, patterns, more)
 
 
 def called(folder: Path) -> str:
@@ -76,7 +87,13 @@ def _is_repository(name: str) -> bool:
     return "/" in name
 
 
-def _fetch(model: str, name: str, revision: str | None) -> Path:
+def _fetch(
+    model: str,
+    name: str,
+    revision: str | None,
+    patterns: list[str],
+    more: Callable[[Path], list[str]],
+) -> Path:
     unreachable = _unreachable(name, revision)
 
     def snapshot(patterns: list[str]) -> Path:
@@ -90,9 +107,9 @@ def _fetch(model: str, name: str, revision: str | None) -> Path:
         return Path(folder)
 
     try:
-        folder = snapshot(PATTERNS)
-        named = set(weight_map(folder).values()) - set(os.listdir(folder))
-        return snapshot([escape(file) for file in sorted(named)]) if named else folder
+        folder = snapshot(patterns)
+        named = more(folder)
+        return snapshot([escape(file) for file in named]) if named else folder
     except CheckpointError:
         raise
     except GatedRepoError as error:

@@ -27,9 +27,10 @@ from .executor import Counters, Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size
 from .hub import resolve
-from .opened import Opened, load_trunk, open_model
+from .opened import Opened, open_model
 from .probe import choose_backend
 from .store import Backend, Store
+from .trunk import load_trunk
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -57,6 +58,7 @@ class Streamer:
         self.opened, self.budget, self.store, self.io = opened, budget, store, choice
         self.counters = Counters()
         self.executors: list[Executor] = []
+        self.learnt: dict[str, Any] = {}  # what one generation leaves for the next
 
     @property
     def resident(self) -> bool:
@@ -115,17 +117,19 @@ def load(
     context: int = 4096,
     io: str = "auto",
     dtype: str = "auto",
+    mtp: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint folder or repository so that the process stays within `memory`.
 
     memory: bytes, '8GB', 'N%' (that share of the experts), 'min', or None for
     what the machine can spare. context: tokens that the KV cache is planned for.
-    io: auto, mmap, pread or direct. dtype: auto, stored or float32.
+    io: auto, mmap, pread or direct. dtype: auto, stored or float32. mtp: with the MTP
+    head, where there is one, for `streamer.stream_generate` to draft with.
     Raises a StreamerError whose text is one line.
     """
     path = resolve(str(model))
-    opened = open_model(path, dtype)
+    opened = open_model(path, dtype, mtp=mtp)
     tokenizer = open_tokenizer(opened)
     spare = default_budget()[0] if memory is None else None
     budget = divide(opened, memory, context, spare=spare)
@@ -155,8 +159,6 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     store, chosen = _open_store(opened, budget, io)
     streamer = Streamer(opened, budget, store, chosen)
     model = opened.model
-    if store is not None:
-        _swap(streamer, opened, budget, store)
     done = 0
 
     def trunk_progress(nbytes: int) -> None:
@@ -165,6 +167,8 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
         progress("trunk", done, budget.trunk + budget.head)
 
     load_trunk(opened, trunk_progress)
+    if store is not None:
+        _swap(streamer, opened, budget, store)
     for executor in streamer.executors:
         if executor.pool.slots >= executor.pool.total:
             switches = executor.fill(lambda n, total: progress("experts", n, total))
@@ -175,13 +179,18 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
 
 
 def load_streamed(
-    path: Path, *, slots: int | None = None, io: str = "pread", dtype: str = "stored"
+    path: Path,
+    *,
+    slots: int | None = None,
+    io: str = "pread",
+    dtype: str = "stored",
+    mtp: bool = False,
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
 
     For tests and benchmarks; there is no bound on the footprint.
     """
-    opened = open_model(path, dtype)
+    opened = open_model(path, dtype, mtp=mtp)
     budget = divide(opened, 1 << 60, 4096)
     counts = {fmt: sum(x.count for x in layers) for fmt, layers in opened.groups.items()}
     if slots is not None:

@@ -8,17 +8,16 @@ costs. The planner and the loader both start here, so they cannot disagree.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
 from mtp.find import head_names
 from mtp.head import Head
@@ -34,12 +33,23 @@ from .experts import (
     projections,
     stored_bytes,
 )
-from .head import Found, read_head
+from .head import Found, advice, read_head
 from .hub import called
-from .trace import plain, tracing
+from .trace import tracing
 
 KV_STEP = 256  # mlx-lm's caches grow by this many tokens
 HEAD = "mtp"  # the model's child that is its MTP head
+
+
+class CacheSize(NamedTuple):
+    """What a cache weighs: bytes from the start, and of every row until there are `limit`."""
+
+    fixed: int
+    row: int
+    limit: int | None = None
+
+    def at(self, rows: int) -> int:
+        return self.fixed + self.row * min(rows, (self.limit or rows) + KV_STEP)
 
 
 @dataclass
@@ -63,8 +73,8 @@ class Opened:
     files: tuple[Path, ...]
     head: Head | None
     head_notes: tuple[str, ...]
-    _caches: list[Any]
-    _head_caches: list[Any]
+    _caches: list[CacheSize]
+    _head_caches: list[CacheSize]
 
     @property
     def name(self) -> str:
@@ -181,8 +191,12 @@ def _with_head(
         return found
     try:
         find_experts(found.head, checkpoint.path, widen)
-    except LayoutError as error:
-        return Found.none(checkpoint, f"{checkpoint.path.name} is used without MTP head: {error}")
+    except LayoutError:
+        return Found.none(
+            checkpoint,
+            f"{checkpoint.path.name} is used without MTP head, whose experts are not stored as "
+            f"they are used; {advice(checkpoint.path)} puts it in a file that works",
+        )
     model[HEAD] = found.head
     return found
 
@@ -211,19 +225,6 @@ def trunk_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(p, a) for p, a in flat.items() if not inside or not p.startswith(inside)]
 
 
-def load_trunk(opened: Opened, progress: Callable[[int], None]) -> None:
-    """Read the trunk into memory; `progress` is called with the bytes of each step."""
-    loaded = []
-    for path, parameter in trunk_parameters(opened.model):
-        array = plain(parameter)
-        if opened.widen is not None and mx.issubdtype(array.dtype, mx.floating):
-            array = array.astype(opened.widen)
-        mx.eval(array)
-        loaded.append((path, array))
-        progress(array.nbytes)
-    opened.model.update(tree_unflatten(loaded))
-
-
 def _held(parameter: mx.array, widen: mx.Dtype | None) -> int:
     if widen is not None and mx.issubdtype(parameter.dtype, mx.floating):
         return widen.size
@@ -244,47 +245,62 @@ class _Recorder(nn.Module):
         return mx.zeros((*indices.shape, x.shape[-1]), dtype=x.dtype)
 
 
-def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[Any], list[Any]]:
-    """The routers' top-k, and the trunk's and the head's caches of two tokens.
+def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[CacheSize], list[CacheSize]]:
+    """The routers' top-k, and the sizes of the trunk's and the head's caches.
 
-    From a pass that is never evaluated.
+    From passes that are never evaluated, and of which nothing is kept: a lazy
+    array holds the weights that it would be made of.
     """
     switches = [(path, m) for path, m in model.named_modules() if is_switch(m)]
     seen: list[int] = []
-    caches = make_prompt_cache(model)
+
+    def passed(rows: int) -> list[Any]:
+        caches = make_prompt_cache(model)
+        model(mx.zeros((1, rows), dtype=mx.int32), cache=caches)
+        return caches
+
     head_caches = head.make_cache() if head else []
-    tokens = mx.zeros((1, 2), dtype=mx.int32)
     try:
         model.update_modules(tree_unflatten([(path, _Recorder(seen, m)) for path, m in switches]))
-        model(tokens, cache=caches)
+        caches = passed(2)
+        sizes = [size for cache in caches for size in _cache_sizes(cache)]
+        if not all(isinstance(cache, _BaseCache) for cache in caches):
+            few, many = passed(4 * KV_STEP), passed(8 * KV_STEP)
+            sizes = [_extrapolated(a, b) for a, b in zip(few, many, strict=True)]
         if head:
+            tokens = mx.zeros((1, 2), dtype=mx.int32)
             hidden = head.trunk.embed(tokens)
             for step in range(head.depth):
                 head(hidden, tokens, head_caches, step)
     finally:
         model.update_modules(tree_unflatten(switches))
-    return max(seen, default=0), caches, head_caches
+    head_sizes = [size for cache in head_caches for size in _cache_sizes(cache)]
+    return max(seen, default=0), sizes, head_sizes
 
 
-def _kv_bytes(caches: list[Any], context: int) -> int:
+def _kv_bytes(caches: list[CacheSize], context: int) -> int:
     rows = -(-max(context, 1) // KV_STEP) * KV_STEP
-    return sum(_cache_bytes(cache, rows) for cache in caches)
+    return sum(cache.at(rows) for cache in caches)
 
 
-def _cache_bytes(cache: Any, rows: int) -> int:
+def _cache_sizes(cache: Any) -> list[CacheSize]:
     if hasattr(cache, "caches"):
-        return sum(_cache_bytes(c, rows) for c in cache.caches)
+        return [size for c in cache.caches for size in _cache_sizes(c)]
+    arrays = _arrays(cache)
+    if not hasattr(cache, "keys"):
+        return [CacheSize(sum(a.nbytes for a in arrays), 0)]
     limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    total = 0
-    for array in _cache_arrays(cache):
-        if array.ndim == 4 and hasattr(cache, "keys"):
-            total += array.nbytes // array.shape[2] * min(rows, (limit or rows) + KV_STEP)
-        else:
-            total += array.nbytes
-    return total
+    return [CacheSize(0, sum(a.nbytes // a.shape[2] for a in arrays), limit)]
 
 
-def _cache_arrays(cache: Any) -> list[mx.array]:
+def _extrapolated(few: Any, many: Any) -> CacheSize:
+    """Of a model's own kind of cache, from what it holds of 4 and of 8 steps of rows."""
+    small, large = (sum(a.nbytes for a in _arrays(cache)) for cache in (few, many))
+    row = -(-(large - small) // (4 * KV_STEP))
+    return CacheSize(max(0, small - row * 4 * KV_STEP), row)
+
+
+def _arrays(cache: Any) -> list[mx.array]:
     parts = [cache.keys, cache.values] if hasattr(cache, "keys") else cache.state
     return [array for array in dict(tree_flatten(list(parts))).values() if array is not None]
 

@@ -52,7 +52,7 @@ class SlotArrays:
             dest = view[slot]
             if tensor.stored != tensor.held:
                 dest = np.empty(tensor.stored_bytes, dtype=np.uint8)
-                finish.append(_widening(dest, tensor.stored, view[slot]))
+                finish.append(widening(dest, tensor.stored, view[slot]))
             address = int(starts[expert])
             pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, memoryview(dest)))
         return pieces, finish
@@ -75,7 +75,7 @@ class SlotArrays:
         return bound
 
 
-def _widening(stored: np.ndarray, dtype: mx.Dtype, out: np.ndarray) -> Callable[[], None]:
+def widening(stored: np.ndarray, dtype: mx.Dtype, out: np.ndarray) -> Callable[[], None]:
     """float16 or bfloat16 bytes to float32, exactly."""
 
     def widen() -> None:

@@ -1,18 +1,24 @@
 """The division of a budget, and that the process stays within it."""
 
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from families import make_tiny
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import load_model
 
 from streamer import plan
 from streamer.budget import divide
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
-from streamer.opened import open_model
+from streamer.opened import open_model, trunk_parameters
+from streamer.trunk import PIECE, load_trunk
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,42 @@ def test_too_small_names_the_smallest_that_works(mixed: Path) -> None:
     with pytest.raises(BudgetError, match="smallest budget that works"):
         divide(opened, 10 << 20, 256)
     divide(opened, "min", 256)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen3_5_moe", "gpt_oss", "deepseek_v32", "deepseek_v41", "llama4"]
+)
+@pytest.mark.parametrize("rows", [300, 512, 1100])
+def test_caches_weigh_what_they_take(tmp_path: Path, family: str, rows: int) -> None:
+    path = make_tiny(family, tmp_path / "m")
+    model, _ = load_model(path, lazy=True)
+    caches = make_prompt_cache(model)
+    for n in [128] * (rows // 128) + [rows % 128] * bool(rows % 128):
+        model(mx.zeros((1, n), dtype=mx.int32), cache=caches)
+    taken = sum(cache.nbytes for cache in caches)
+    sliding = sum(cache.nbytes for cache in caches if isinstance(cache, RotatingKVCache))
+    kv = open_model(path).kv_bytes(rows)
+    assert taken <= kv <= 1.02 * taken * (-(-rows // 256) * 256 / rows) + 4 * sliding
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_opened_model_holds_no_weights(tmp_path: Path, dtype: str) -> None:
+    """Neither while it is loaded: a stored tensor goes when the one held in its stead is there."""
+    changes = {"vocab_size": 60_000}
+    path = make_tiny("qwen3_moe", tmp_path / "m", dtype=dtype, changes=changes)
+    opened = open_model(path)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    load_trunk(opened, lambda _: None)
+    assert mx.get_active_memory() - before < 1.01 * opened.trunk_bytes
+    assert opened.trunk_bytes > 3 * PIECE
+    assert mx.get_peak_memory() - before < 1.01 * opened.trunk_bytes + PIECE // 2
+    whole, _ = load_model(path)
+    whole.set_dtype(mx.float32)
+    wanted = dict(tree_flatten(whole.parameters()))
+    for name, array in trunk_parameters(opened.model):
+        assert array.dtype == mx.float32 and mx.array_equal(array, wanted[name])
 
 
 def test_longer_contexts_cost_more(mixed: Path) -> None:

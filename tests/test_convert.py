@@ -115,6 +115,90 @@ def test_the_converted_checkpoint_streams(tmp_path: Path, family: str, layout: s
         streamed.streamer.close()
 
 
+def fp8(weight: mx.array, block: int = 128) -> tuple[mx.array, mx.array]:
+    """e4m3 codes, and the scale of each block of 128 x 128 weights, as DeepSeek publishes them."""
+    rows, columns = weight.shape
+    padded = mx.pad(weight, ((0, -rows % block), (0, -columns % block)))
+    blocks = padded.reshape(padded.shape[0] // block, block, -1, block)
+    scale = mx.maximum(mx.abs(blocks).max(axis=(1, 3)), 1e-6) / 448
+    codes = mx.to_fp8((blocks / scale[:, None, :, None]).reshape(padded.shape))
+    return codes[:rows, :columns], scale
+
+
+def test_fp8_in_blocks_everywhere(tmp_path: Path) -> None:
+    """Attention and experts alike, of more than one block, some of them cut."""
+    changes = {"hidden_size": 192, "moe_intermediate_size": 160, "n_routed_experts": 4}
+    src = make_tiny("deepseek_v3", tmp_path / "src", layout="hf", changes=changes)
+    dst, stored = tmp_path / "dst", {}
+    for name, array in mx.load(str(src / "model.safetensors")).items():
+        packs = name.endswith("_proj.weight") or "_proj_with_mqa" in name
+        stored[name], scale = fp8(array) if packs else (array, None)
+        if scale is not None:
+            stored[f"{name}_scale_inv"] = scale
+    assert sum(a.size > 1 for n, a in stored.items() if n.endswith("scale_inv")) > 20
+    mx.save_safetensors(str(src / "model.safetensors"), stored)
+    config = json.loads((src / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (src / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=r"python -m streamer\.convert"):
+        open_model(src)
+    assert run(src, dst) == 0
+    reference, _ = load_model(src)
+    assert_equal(tensors(dst), parameters(reference))
+    reference.set_dtype(mx.float32)
+    streamed = load_streamed(dst, slots=0, dtype="float32")
+    assert mx.array_equal(logits(streamed), logits(reference))
+
+
+def awq(weight: mx.array, group: int) -> dict[str, mx.array]:
+    """AutoAWQ's form: codes [in, out / 8] in its order of nibbles, zeros packed alike."""
+    codes, scales, biases = mx.quantize(weight, group, 4)
+    shifts = mx.arange(0, 32, 4, dtype=mx.uint32)
+    order = mx.array([0, 2, 4, 6, 1, 3, 5, 7])
+    nibbles = ((codes[..., None] >> shifts) & 15).reshape(weight.shape)
+    zeros = mx.clip(mx.round(-biases / scales), 0, 15).astype(mx.uint32)
+
+    def packed(a: mx.array) -> mx.array:
+        return (a.T.reshape(a.shape[1], -1, 8)[..., order] << shifts).sum(axis=-1)
+
+    return {
+        "qweight": packed(nibbles).astype(mx.int32),
+        "qzeros": packed(zeros).astype(mx.int32),
+        "scales": scales.T,
+    }
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_awq(tmp_path: Path, error: Error, capsys: pytest.CaptureFixture[str], method: str) -> None:
+    """In the trunk it streams as it is and converts; mlx-lm reads none in experts."""
+    src = make_tiny("qwen3_moe", tmp_path / "src", layout="hf")
+    config = json.loads((src / "config.json").read_text())
+    quantization = {"quant_method": method, "bits": 4, "group_size": 32}
+    (src / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    plain = mx.load(str(src / "model.safetensors"))
+
+    def store(part: str) -> None:
+        stored = {}
+        for name, array in plain.items():
+            base = name.removesuffix(".weight")
+            made = awq(array, 32) if part in name and name.endswith("_proj.weight") else None
+            stored |= {f"{base}.{n}": a for n, a in made.items()} if made else {name: array}
+        mx.save_safetensors(str(src / "model.safetensors"), stored)
+
+    store(".self_attn.")
+    expected = logits(load_model(src)[0])
+    unpacked, _ = load_model(make_tiny("qwen3_moe", tmp_path / "plain"))
+    difference = mx.abs(expected - logits(unpacked)).max().item()
+    assert 0 < difference < 0.5 * mx.abs(expected).max().item()
+    assert mx.array_equal(logits(load_streamed(src, slots=0)), expected)
+    assert run(src, tmp_path / "dst") == 0
+    assert mx.array_equal(logits(load_streamed(tmp_path / "dst", slots=0)), expected)
+    capsys.readouterr()
+    store(".experts.")
+    assert run(src, tmp_path / "other") == 2
+    assert "experts.0.down_proj.qweight' is packed by AWQ or GPTQ" in error()
+
+
 @pytest.mark.parametrize("family", sorted({*HF_FAMILIES, *PACKED}))
 def test_every_family_converts_to_what_mlx_lm_loads(tmp_path: Path, family: str) -> None:
     layout = "packed" if family in PACKED else "hf"

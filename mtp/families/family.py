@@ -64,6 +64,10 @@ class Family:
         """The name in the head of what `names` matched."""
         return match.expand(to)
 
+    def units(self, parts: dict[int, Weights]) -> dict[int, Weights]:
+        """The tensors by unit, as `name` put them there, in the units that use them."""
+        return parts
+
     def stub(self, config: Config, unit: int, names: set[str]) -> nn.Module:
         """mlx-lm's model of the family, its layers those of the unit; nothing is read.
 

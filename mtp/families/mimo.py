@@ -39,6 +39,7 @@ class MiMoV2(Family):
     (mimo_v2_mtp.py) takes both after it.
     Order: embedding first. Norms: of both inputs and before the lm_head, as they
     multiply. Embedding and lm_head: the trunk's. Heads: three, one per depth.
+    Source: SGLang and vLLM, as named.
     """
 
     hidden = "pre_norm"

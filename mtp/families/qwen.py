@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .family import Config, Family, Weights
+from .family import BLOCK, Config, Family, Weights
 
 
 class Qwen(Family):
@@ -18,8 +18,9 @@ class Qwen(Family):
     #24025, LightLLM #1402: accepted length 1.80 to 2.74, Rapid-MLX #3371).
     Order: embedding first. Norms: of both inputs and before the lm_head;
     zero-centred in original checkpoints. Embedding and lm_head: the trunk's.
-    Heads: one, applied again for deeper drafts. Source: vLLM,
-    qwen3_next_mtp.py and qwen3_5_mtp.py.
+    Heads: one, applied again for deeper drafts; further `mtp.layers` are the layers
+    of further depths, which share all else. Source: vLLM, qwen3_next_mtp.py and
+    qwen3_5_mtp.py.
     """
 
     zero_centred = True
@@ -31,6 +32,16 @@ class Qwen(Family):
         (r"mtp\.layers\.(\d+\..+)", r"units.0.blocks.\1"),
         (r"mtp\.(embed_tokens|lm_head)\..+", ""),
     )
+
+    def units(self, parts: dict[int, Weights]) -> dict[int, Weights]:
+        shared: Weights = {}
+        layers: dict[int, Weights] = {0: {}}
+        for name, array in parts.pop(0, {}).items():
+            if match := BLOCK.match(name):
+                layers.setdefault(int(match[1]), {})[f"blocks.0.{match[2]}"] = array
+            else:
+                shared[name] = array
+        return parts | {i: shared | layer for i, layer in layers.items()}
 
     def changes(self, config: Config, unit: int, names: set[str]) -> Config:
         changes: Config = {

@@ -8,11 +8,24 @@ weights route evenly and say nothing about a trained model's hit rates.
 """
 
 from .checkpoint import make_tiny
-from .configs import CONFIGS, METAL_ONLY
+from .configs import CONFIGS, DENSE, METAL_ONLY
+from .heads import HEADS, head_shapes, head_weights, make_head
 from .hf import HF
 from .packed import PACKED
 
 FAMILIES = sorted(CONFIGS)
 HF_FAMILIES = sorted(HF)
 
-__all__ = ["CONFIGS", "FAMILIES", "HF_FAMILIES", "METAL_ONLY", "PACKED", "make_tiny"]
+__all__ = [
+    "CONFIGS",
+    "DENSE",
+    "FAMILIES",
+    "HEADS",
+    "HF_FAMILIES",
+    "METAL_ONLY",
+    "PACKED",
+    "head_shapes",
+    "head_weights",
+    "make_head",
+    "make_tiny",
+]

@@ -238,3 +238,5 @@ ATTENTION: dict[str, Config] = {
         swiglu_limits_shared=[0.0, 1.0, 0.0],
     ),
 }
+
+DENSE_ATTENTION: dict[str, Config] = {"mimo": config("mimo", num_nextn_predict_layers=1)}

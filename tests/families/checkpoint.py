@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, quantize_model, save_config
 
-from .configs import CONFIGS
+from .configs import CONFIGS, DENSE
 from .hf import HF, Weights, hf_weights
 from .packed import PACKED
 from .parts import Config
@@ -69,7 +69,7 @@ def make_tiny(
 
 
 def _random_model(family: str, changes: Config, seed: int) -> tuple[nn.Module, Config]:
-    config = copy.deepcopy(CONFIGS[family])
+    config = copy.deepcopy((CONFIGS | DENSE)[family])
     config.get("text_config", config).update(changes)
     model_class, args_class = _get_classes(config)
     mx.random.seed(seed)  # a few parameters are drawn by the model itself

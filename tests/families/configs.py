@@ -9,10 +9,11 @@ Inner sizes are multiples of 64, so that every quantization fits.
 
 from __future__ import annotations
 
-from .attention import ATTENTION
+from .attention import ATTENTION, DENSE_ATTENTION
 from .latent import LATENT
 from .parts import Config
-from .recurrent import RECURRENT
+from .recurrent import DENSE_RECURRENT, RECURRENT
 
 CONFIGS: dict[str, Config] = ATTENTION | LATENT | RECURRENT
+DENSE: dict[str, Config] = DENSE_ATTENTION | DENSE_RECURRENT  # no experts, but an MTP head
 METAL_ONLY = {"muse_spark"}  # its kernels have no other form in mlx-lm

@@ -106,3 +106,15 @@ RECURRENT: dict[str, Config] = {
         partial_rotary_factor=0.5,
     ),
 }
+
+DENSE_RECURRENT: dict[str, Config] = {
+    "qwen3_5": nested(
+        "qwen3_5",
+        {
+            name: value
+            for name, value in RECURRENT["qwen3_5_moe"]["text_config"].items()
+            if "expert" not in name
+        }
+        | {"model_type": "qwen3_5_text"},
+    )
+}

@@ -1,0 +1,215 @@
+"""Take the MTP head out of an original checkpoint and put it beside a converted one.
+
+    python -m tools.extract_mtp ORIGINAL --beside CONVERTED
+
+Conversions for MLX leave the head out. ORIGINAL is a folder or a repository, of
+which only the index and the shards that hold the head are fetched. The head goes
+into CONVERTED/mtp.safetensors under this project's names: experts and linear
+layers at 8 bits in groups of 64, `fc` (where embedding and hidden state meet),
+routers and norms as they are, norms as they multiply. What is quantized already
+stays as it is. 8 bits because an int4 head had 4% of its drafts accepted where an
+int8 head had 59% (colibri). Tensors are computed piece by piece: memory holds
+about twice the largest one written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mtp.families import FAMILIES
+from mtp.families.family import build
+from mtp.find import HeadError, find_head, head_names, text_config
+from mtp.head import Head
+from streamer.checkpoint import INDEX, Checkpoint, read_config, weight_map
+from streamer.console import Parser, bar, command, say
+from streamer.convert import DTYPES
+from streamer.errors import CheckpointError, UsageError
+from streamer.header import Tensor, read_header
+from streamer.hub import resolve
+from streamer.opened import open_model
+from streamer.pieces import Recipe, piecewise, recipe
+from streamer.shards import Spec, header
+
+SIDE = "mtp.safetensors"
+BITS = 8
+GROUPS = (64, 32)
+KEPT = ("join", "gate")  # ends of the names of layers that are not quantized
+SAME = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
+SPARE = 64 << 20  # bytes left free on the disk
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    p = Parser(prog="tools.extract_mtp", description="Put a model's MTP head beside a conversion.")
+    p.add_argument("original", metavar="ORIGINAL", help="a folder or repository with the head")
+    p.add_argument(
+        "--beside", metavar="CONVERTED", type=Path, required=True, help="a checkpoint folder"
+    )
+    args = p.parse_args(argv)
+    nbytes, notes = extract(args.original, args.beside)
+    for note in notes:
+        say(note)
+    say(f"wrote {args.beside / SIDE}, {nbytes / 1e6:.1f} MB, experts and layers at {BITS} bits")
+    return 0
+
+
+def extract(original: str, beside: Path) -> tuple[int, list[str]]:
+    """Write the head of `original` beside the checkpoint `beside`: bytes, and what was decided.
+
+    Raises UsageError and CheckpointError; then nothing is left behind.
+    """
+    converted = Checkpoint.open(beside)
+    side = beside / SIDE
+    if side.exists():
+        raise UsageError(f"{side} exists; remove it first")
+    folder = resolve(original, ["config.json", INDEX], _missing)
+    source = _source(folder)
+    _check_same(source, converted)
+    before = mx.set_cache_limit(0)
+    try:
+        recipes, notes = _recipes(source)
+        specs = [Spec(n, DTYPES[r.dtype], r.shape) for n, r in recipes.items()]
+        _write(side, specs, recipes)
+    finally:
+        mx.set_cache_limit(before)
+    opened = open_model(beside, mtp=True)
+    if opened.head is None:
+        side.unlink()
+        raise CheckpointError(f"{'; '.join(opened.head_notes)}; {side} was removed again")
+    return side.stat().st_size, notes
+
+
+def _missing(folder: Path) -> list[str]:
+    """Files of a repository that hold the head and are not here yet."""
+    index = weight_map(folder)
+    wanted = {index[n] for n in _named(folder, list(index))} if index else {"model.safetensors"}
+    return sorted(wanted - set(os.listdir(folder)))
+
+
+def _named(folder: Path, names: list[str]) -> list[str]:
+    """Those of `names` that are the head's. Raises CheckpointError where there are none."""
+    config = read_config(folder)
+    kind = config["model_type"]
+    if kind not in FAMILIES:
+        raise CheckpointError(f"{folder} is of a family, {kind!r}, whose MTP head is not known")
+    if found := head_names(config, names):
+        return found
+    raise CheckpointError(f"{folder} has no MTP head")
+
+
+def _source(folder: Path) -> Checkpoint:
+    """The head's files alone, as a checkpoint: the others may not have been fetched."""
+    index = weight_map(folder)
+    if index:
+        files = sorted({folder / index[n] for n in _named(folder, list(index))})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_header(file)
+    names = set(_named(folder, list(tensors)))
+    kept = {n: t for n, t in tensors.items() if n in names}
+    holding = tuple(f for f in files if any(t.path == f for t in kept.values()))
+    return Checkpoint(folder, read_config(folder), tensors, holding, ())
+
+
+def _check_same(source: Checkpoint, converted: Checkpoint) -> None:
+    theirs, ours = text_config(source.config), text_config(converted.config)
+    for key in SAME:
+        if theirs.get(key) != ours.get(key):
+            raise CheckpointError(
+                f"{source.path} is not what {converted.path} was made from: "
+                f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            )
+
+
+def _recipes(source: Checkpoint) -> tuple[dict[str, Recipe], list[str]]:
+    """How to make the tensors to be written, by name; what was decided."""
+    config = source.config
+    try:
+        with piecewise(source):
+            weights: dict[str, mx.array] = {}
+            for file in source.files:
+                weights |= cast(dict[str, mx.array], mx.load(str(file)))
+            named = {n: weights[n] for n in head_names(config, weights)}
+            head = find_head(build(text_config(config)), config, named)
+            if head is None:
+                raise HeadError("only copies of the trunk's tensors are there")
+            kept = _quantize(head)
+            parameters = dict(tree_flatten(head.parameters()))
+    except HeadError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    notes = [*head.notes, *(f"{name} is kept as it is: no group of {GROUPS}" for name in kept)]
+    return {f"mtp.{n}": recipe(a) for n, a in parameters.items()}, notes
+
+
+def _quantize(head: Head) -> list[str]:
+    """Quantize all but `join` and routers; the names of layers whose width no group divides."""
+    kept = []
+
+    def rule(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized") or path.endswith(KEPT):
+            return False
+        width = module.weight.shape[-1]
+        group = next((g for g in GROUPS if width % g == 0), None)
+        if group is None:
+            kept.append(path)
+            return False
+        return {"group_size": group, "bits": BITS}
+
+    nn.quantize(head, class_predicate=rule)
+    return kept
+
+
+def _write(side: Path, specs: list[Spec], recipes: dict[str, Recipe]) -> None:
+    """Write aside, sync, rename."""
+    total = sum(spec.nbytes for spec in specs)
+    free = shutil.disk_usage(side.parent).free
+    if free < total + SPARE:
+        raise CheckpointError(
+            f"{side} needs {total / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free"
+        )
+    aside = side.with_name(f".{side.name}.partial")
+    try:
+        with bar("extract") as update, open(aside, "wb") as file:
+            file.write(header(specs))
+            done = 0
+            for spec in specs:
+                for data in _computed(recipes.pop(spec.name), spec.name):
+                    file.write(data)
+                    done += len(data)
+                    update(done, total, "MB")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, side)
+    except OSError as error:
+        raise CheckpointError(f"{side} cannot be written: {error.strerror}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _computed(tensor: Recipe, name: str) -> Iterator[memoryview]:
+    try:
+        for piece in tensor.take():
+            # bytes, as NumPy lacks bfloat16
+            flat: Any = mx.contiguous(piece).reshape(-1).view(mx.uint8)
+            del piece
+            mx.eval(flat)
+            yield memoryview(flat)
+            del flat
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name} cannot be computed: {text}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
