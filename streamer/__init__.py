@@ -3,7 +3,8 @@
     from streamer import load
     model, tokenizer = load("path/or/owner/name", memory="8GB")
 
-`import streamer` loads nothing; `load` brings in MLX when it is first used.
+`import streamer` loads nothing; `load` and `stream_generate` (mlx_lm's, drafting with the
+model's own MTP head) bring in MLX when they are first used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from .errors import StreamerError
 
 __version__ = "0.1.0"
-__all__ = ["StreamerError", "load"]
+__all__ = ["StreamerError", "load", "stream_generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from .loading import load
 
         return load
+    if name == "stream_generate":
+        from .generate import stream_generate
+
+        return stream_generate
     raise AttributeError(f"module 'streamer' has no attribute {name!r}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from .errors import BudgetError, UsageError
 from .experts import ExpertFormat, held_bytes
 from .footprint import footprint, format_size, parse_size
@@ -54,17 +56,29 @@ class Budget:
 def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
     """Transient bytes of a pass over `chunk` tokens, free buffers included.
 
-    Activations of one layer in float32 (MLX evaluates layer by layer when it
-    streams), the gathered rows of its experts, and attention scores, which the
-    CPU back end materialises. Checked against measured peaks in the tests.
+    Of one layer, as MLX evaluates layer by layer when it streams, in float32:
+    activations, the gathered rows of its experts, three copies of the attention
+    scores, which the CPU back end materialises, a recurrent state for every token,
+    as mlx-lm's loop over tokens leaves them, and latent attention's keys and values
+    of every head. 1.1 to 1.9 times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
     heads = opened.text("num_attention_heads", 32)
     inner = opened.text("moe_intermediate_size", opened.text("intermediate_size", hidden))
     vocabulary = opened.text("vocab_size", 32000)
-    row = 32 * hidden + opened.top_k * (6 * hidden + 4 * inner)
-    scores = 2 * heads * min(context, opened.text("max_position_embeddings", context))
-    return 6 * (chunk * (row + scores) + 4 * vocabulary) + (4 << 20)
+    rows = min(context, opened.text("max_position_embeddings", context))
+    row = 3 * (32 * hidden + opened.top_k * (6 * hidden + 4 * inner))
+    state = 0 if mx.default_device() == mx.Device(mx.gpu) else opened.state_bytes
+    latent = opened.text("kv_lora_rank", 0)
+    width = opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
+    expanded = 4 * heads * (latent + width) if opened.cache_row < 4 * heads * width else 0
+    return (
+        chunk * (row + 12 * heads * rows + 3 * state // 2)
+        + 8 * state
+        + (expanded * rows if latent else 0)
+        + 24 * vocabulary
+        + (8 << 20)
+    )
 
 
 def divide(

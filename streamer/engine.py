@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: prefill in chunks, then one pass per token.
+"""Token ids in, token ids out: prefill in chunks, then one pass per token, or per block of drafts.
 
 The engine never sees text. Sampling and logits processors are mlx-lm's; so are
 the caches, which the caller may keep for the next turn. A server can drive it:
@@ -11,25 +11,27 @@ one `Generation` per request, closed by dropping the iterator.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.sample_utils import greedy_sampler
+
+from mtp.verify import Sampler, rule_for
 
 from .loading import Streamer
-
-Sampler = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> token [1]
-Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits
+from .speculate import Block, Processor, Speculation
 
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token. logprobs: [V], lazy."""
+    """One generated token. logprobs: [V], lazy; drafted: by the MTP head, and accepted."""
 
     token: int
     logprobs: mx.array
+    drafted: bool = False
 
 
 @dataclass
@@ -51,57 +53,95 @@ class Timing:
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
-
-
 def generate(
     model: nn.Module,
     tokens: Sequence[int],
     cache: list[Any],
     *,
     max_tokens: int,
-    sampler: Sampler = greedy,
+    sampler: Sampler = greedy_sampler,
     processors: Sequence[Processor] = (),
     stop: frozenset[int] = frozenset(),
     timing: Timing | None = None,
     on_prompt: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Step]:
+    speculation: Speculation | None = None,
+    seeded: bool = True,
+) -> Generator[Step]:
     """Yield up to `max_tokens` tokens after `tokens`; the one in `stop` is the last.
 
-    cache: mlx-lm's prompt cache, updated in place; `timing.cached` says how far.
-    on_prompt(done, total) is called in prefill.
-    Raises BudgetError when the process cannot stay within its budget.
+    cache: mlx-lm's prompt cache, updated in place; when this iterator is closed,
+    `timing.cached` says how far. on_prompt(done, total) is called in prefill.
+    speculation: drafts with the MTP head; greedy tokens stay the same and sampled ones
+    keep their distribution. seeded: sampled ones stay the same too, at some cost in
+    acceptance. Raises BudgetError when the process cannot stay within its budget.
     """
     timing = timing if timing is not None else Timing()
     streamer: Streamer = model.streamer
     began = time.perf_counter()
-    _prefill(model, tokens, cache, timing, on_prompt)
-    history = mx.array(list(tokens)) if processors else None
-    run = _Pass(model, cache, sampler, processors, history, timing)
-    step = run(mx.array(list(tokens[-1:])))
+    _prefill(model, tokens, cache, timing, on_prompt, speculation)
+    run = _Run(model, cache, sampler, processors, tokens[:-1], timing, speculation)
+    rule = rule_for(sampler, seeded=seeded)
+    queued: _Passed | None = run.one(mx.array(list(tokens[-1:])))
     on_prompt(len(tokens), len(tokens))
     timing.prompt_tokens += len(tokens)
-    for n in range(1, max_tokens + 1):
-        # with no read-back inside a pass, the next one is queued before this token is looked at
-        ahead = run(step[0]) if streamer.resident and n < max_tokens else None
-        token = int(step[0].item())  # type: ignore[arg-type]
+    n = checked = depth = 0
+    step_began = began
+    while True:
+        block: Block | None = None
+        following = 0
+        if depth:
+            block = run.several(depth, rule, stop)
+            chosen, rows = block.chosen, block.rows
+        else:
+            passed = queued or run.one(run.last)
+            left = max_tokens - n - 1
+            following = _depth(speculation, left)
+            # with no read-back inside a pass, the next is queued before this token is looked at
+            ahead = streamer.resident and left and not following
+            queued = run.one(passed.token) if ahead else None
+            chosen, rows = [int(passed.token.item())], [passed.logprobs]  # type: ignore[arg-type]
         now = time.perf_counter()
-        if n == 1:
+        if n == 0:
             timing.prompt_seconds += now - began
             began = now
-        timing.generated_tokens += 1
-        timing.decode_seconds = now - began
-        yield Step(token, step[1])
-        if token in stop or n == max_tokens:
-            return
-        if n % 16 == 0:
+        elif speculation:
+            speculation.record(depth, block.accepted if block else 0, now - step_began)
+        given = 0
+        try:
+            for given, (token, logprobs) in enumerate(zip(chosen, rows, strict=False), 1):
+                n += 1
+                if block:
+                    run.keep(block, given, final=given == len(chosen))
+                timing.generated_tokens += 1
+                timing.decode_seconds = now - began
+                yield Step(token, logprobs[0], block is not None and given <= block.accepted)
+                if token in stop or n == max_tokens:
+                    return
+        finally:
+            if block and given < len(chosen):
+                run.keep(block, max(1, given), final=True)
+        if n // 16 > checked:
+            checked = n // 16
             streamer.check()
-        step = ahead or run(step[0])
+        depth = _depth(speculation, max_tokens - n) if block else following
+        step_began = time.perf_counter()
 
 
-class _Pass:
-    """One forward pass over one token and the choice of the next."""
+def _depth(speculation: Speculation | None, left: int) -> int:
+    """Drafts of the next step, which gives up to one token more."""
+    return speculation.depth.choose(left - 1) if speculation and left > 1 else 0
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A pass over one row, being evaluated: the token it chose [1], log probabilities [1, V]."""
+
+    token: mx.array
+    logprobs: mx.array
+
+
+class _Run:
+    """The passes of one generation."""
 
     def __init__(
         self,
@@ -109,27 +149,56 @@ class _Pass:
         cache: list[Any],
         sampler: Sampler,
         processors: Sequence[Processor],
-        history: mx.array | None,
+        tokens: Sequence[int],
         timing: Timing,
+        speculation: Speculation | None,
     ):
+        """tokens: those before the first pass."""
         self._model, self._cache = model, cache
-        self._sampler, self._processors, self._history = sampler, processors, history
-        self._timing, self._first = timing, True
+        self._sampler, self._processors = sampler, processors
+        self._timing, self._speculation = timing, speculation
+        self._history = mx.array(list(tokens), dtype=mx.int32)  # tokens that were put in
+        self._base = 0  # cached tokens before the block
+        self.last = self._history[:0]  # [1], the token to be put in next
 
-    def __call__(self, token: mx.array) -> tuple[mx.array, mx.array]:
-        """token [1] -> (next token [1], logprobs [V]), being evaluated."""
+    def one(self, token: mx.array) -> _Passed:
+        """Put in token [1] and choose the next."""
         logits = self._model(token[None], cache=self._cache)[:, -1, :]
         self._timing.cached += 1
-        if self._history is not None:
-            if not self._first:
-                self._history = mx.concatenate([self._history, token])
-            self._first = False
+        logprobs = self._rows(logits, token)
+        self._put_in(token)
+        self.last = self._sampler(logprobs)
+        if self._speculation:
+            self._speculation.plain(self.last)
+        mx.async_eval(self.last)
+        return _Passed(self.last, logprobs)
+
+    def several(self, count: int, rule: Any, stop: frozenset[int]) -> Block:
+        """Put in the last token and `count` drafts."""
+        assert self._speculation is not None
+        self._base = self._timing.cached
+        last = self.last.astype(mx.int32)
+        return self._speculation.verify(self._cache, last, count, rule, self._rows, stop)
+
+    def keep(self, block: Block, given: int, *, final: bool) -> None:
+        """The first `given` tokens of a block are out; final: the others will not be."""
+        self._timing.cached = self._base + given
+        if final:
+            self._put_in(mx.concatenate([self.last.astype(mx.int32), block.tokens[: given - 1]]))
+            self.last = block.tokens[given - 1 : given]
+            block.settle(given)
+
+    def _rows(self, logits: mx.array, tokens: mx.array) -> mx.array:
+        """Log probabilities [1, V] after `tokens` were put in too."""
+        if self._processors:
+            history = mx.concatenate([self._history, tokens.astype(mx.int32)])
             for process in self._processors:
-                logits = process(self._history, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        chosen = self._sampler(logprobs)
-        mx.async_eval(chosen)
-        return chosen, logprobs[0]
+                logits = process(history, logits)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def _put_in(self, tokens: mx.array) -> None:
+        if self._processors:
+            self._history = mx.concatenate([self._history, tokens.astype(mx.int32)])
 
 
 def _prefill(
@@ -138,15 +207,20 @@ def _prefill(
     cache: list[Any],
     timing: Timing,
     on_prompt: Callable[[int, int], None],
+    speculation: Speculation | None,
 ) -> None:
     """Every token but the last, whose pass gives the first logits."""
     streamer: Streamer = model.streamer
     chunk = streamer.budget.chunk
     on_prompt(0, len(tokens))
     while (left := len(tokens) - 1 - timing.cached) > 0:
-        part = tokens[timing.cached : timing.cached + min(chunk, left)]
+        end = timing.cached + min(chunk, left)
+        part = tokens[timing.cached : end]
         model(mx.array(list(part))[None], cache=cache)
         mx.eval([c.state for c in cache])
+        if speculation:
+            following = mx.array(list(tokens[timing.cached + 1 : end + 1]))
+            mx.eval(speculation.prompt(following))
         mx.clear_cache()
         streamer.check()
         timing.cached += len(part)

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     from .opened import open_model
 
     opened = open_model(resolve(args.model), mtp=True)
-    print(*opened.head_notes, sep="\n")
+    print("; ".join(opened.head_notes))
     return 0
 
 

@@ -120,6 +120,16 @@ class Opened:
         """Bytes of the trunk's caches at `context` tokens, as mlx-lm allocates them."""
         return _kv_bytes(self._caches, context)
 
+    @property
+    def state_bytes(self) -> int:
+        """The largest state of a layer whose cache does not grow."""
+        return max((cache.fixed for cache in self._caches), default=0)
+
+    @property
+    def cache_row(self) -> int:
+        """Bytes of the largest cache per token."""
+        return max((cache.row for cache in self._caches), default=0)
+
     def head_kv_bytes(self, context: int) -> int:
         """Bytes of the MTP head's caches at `context` tokens."""
         return _kv_bytes(self._head_caches, context)

@@ -45,10 +45,22 @@ def parser() -> Parser:
     p.add_argument("--min-p", type=number(0, 1), default=0.0)
     p.add_argument("--repetition-penalty", type=number(0), default=1.0)
     p.add_argument("--seed", type=number(0, (1 << 63) - 1, int))
+    p.add_argument(
+        "--mtp",
+        type=_depth,
+        default="auto",
+        metavar="auto|off|1..8",
+        help="tokens that the model's MTP head drafts at each step (auto: as many as pay)",
+    )
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
     return p
+
+
+def _depth(text: str) -> str | int:
+    """An argparse type: auto, off or a number of drafts."""
+    return text if text in ("auto", "off") else number(1, 8, int)(text)
 
 
 @command

@@ -7,6 +7,7 @@ turns of a chat and re-reads only what changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .budget import divide
-from .console import bar
+from .console import bar, say
 from .engine import Timing, generate
 from .errors import CheckpointError, UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
 from .loading import Streamer, attach, open_tokenizer
-from .opened import open_model
+from .opened import Opened, open_model
+from .speculate import Counters, Speculation, why_not
 
 CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is said
 
@@ -32,7 +34,8 @@ CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is s
 def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Session:
     """Open, plan and load as the options say. Raises StreamerError."""
     path = resolve(args.model) if args.model else demo
-    opened = open_model(path, args.dtype)
+    opened = open_model(path, args.dtype, mtp=args.mtp != "off")
+    about_head = _about_head(opened, args)
     tokenizer = open_tokenizer(opened)
     tokens = [] if prompt is None else _encode(tokenizer, prompt, args.raw)
     context = args.context or (CHAT_CONTEXT if args.chat else len(tokens) + args.max_tokens)
@@ -42,7 +45,32 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     budget = divide(opened, args.memory, context, spare=spare)
     with bar("loading") as update:
         model = attach(opened, budget, args.io, lambda what, done, all_: update(done, all_, "MB"))
-    return Session(model, tokenizer, tokens, args, why)
+    return Session(model, tokenizer, tokens, args, why, about_head)
+
+
+def _about_head(opened: Opened, args: argparse.Namespace) -> str:
+    """What the head is, a line; `--mtp 2` needs one, auto does not. Raises UsageError."""
+    if args.mtp == "off":
+        return ""
+    if opened.head:
+        return "; ".join(opened.head_notes)
+    why = opened.head_notes[-1]
+    if args.mtp != "auto":
+        raise UsageError(f"--mtp {args.mtp} needs an MTP head: {why}")
+    return f"{why}; decoding without drafts"
+
+
+def _speculation(model: Any, args: argparse.Namespace) -> Speculation | None:
+    """What drafts, where the model has a head. Raises UsageError."""
+    opened: Opened = model.streamer.opened
+    if not opened.head:
+        return None
+    if why := why_not(model):
+        if args.mtp != "auto":
+            raise UsageError(f"--mtp {args.mtp} cannot draft for {opened.name}: {why}")
+        say(f"{opened.name}: {why}; decoding without drafts")
+        return None
+    return Speculation(model, opened.head, None if args.mtp == "auto" else args.mtp)
 
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[int]:
@@ -75,20 +103,23 @@ class Session:
         prompt_tokens: list[int],
         args: argparse.Namespace,
         why: str,
+        about_head: str = "",
     ):
         self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
         self.streamer: Streamer = model.streamer
         self.timing = Timing()
         self.tokens: list[int] = []
         self.interrupted = False
-        self._args, self._why = args, why
+        self.speculation = _speculation(model, args)
+        self.drafts = self.speculation.counters if self.speculation else Counters()
+        self._args, self._why, self._about_head = args, why, about_head
         self._cache: list[Any] = []
         self._cached: list[int] = []  # tokens that the cache holds
         if args.seed is not None:
             mx.random.seed(args.seed)
 
     def headline(self) -> str:
-        """What was loaded and what the budget gave."""
+        """What was loaded and what the budget gave; a second line about the MTP head."""
         b, s = self.streamer.budget, self.streamer
         experts = (
             f"{s.slots} of {s.total} experts in memory" if s.total else "a dense model, in memory"
@@ -96,10 +127,13 @@ class Session:
         if s.total and s.resident:
             experts = f"all {s.total} experts in memory"
         why = f" ({self._why})" if self._why else ""
+        head = f"\n{self._about_head}" if self._about_head else ""
         return (
             f"{s.opened.name}: budget {format_size(b.limit)}{why}: runtime "
-            f"{format_size(b.runtime)}, trunk {format_size(b.trunk)}, KV {format_size(b.kv)} for "
-            f"{b.context} tokens, workspace {format_size(b.workspace)}, {experts}, reads by {s.io}"
+            f"{format_size(b.runtime)}, trunk {format_size(b.trunk)}, "
+            f"{f'MTP head {format_size(b.head)}, ' if b.head else ''}"
+            f"KV {format_size(b.kv + b.head_kv)} for {b.context} tokens, workspace "
+            f"{format_size(b.workspace)}, {experts}, reads by {s.io}{head}"
         )
 
     def reply(self, tokens: list[int], on_prompt: Callable[[int, int], None]) -> Iterator[str]:
@@ -121,15 +155,18 @@ class Session:
             stop=stop,
             timing=self.timing,
             on_prompt=on_prompt,
+            speculation=self.speculation,
+            seeded=args.seed is not None,
         )
         self._cached = []  # what it holds is not known while the prompt is read
-        for step in steps:
-            self.tokens.append(step.token)
-            self._cached = (tokens + self.tokens)[: keep + self.timing.cached]
-            if step.token in stop:
-                break
-            detokenizer.add_token(step.token)
-            yield detokenizer.last_segment
+        with contextlib.closing(steps):  # takes drafts back that were not asked for any more
+            for step in steps:
+                self.tokens.append(step.token)
+                self._cached = (tokens + self.tokens)[: keep + self.timing.cached]
+                if step.token in stop:
+                    break
+                detokenizer.add_token(step.token)
+                yield detokenizer.last_segment
         detokenizer.finalize()
         yield detokenizer.last_segment
 
@@ -147,10 +184,12 @@ class Session:
         surplus = len(self._cached) - n
         if n and surplus and can_trim_prompt_cache(self._cache):
             surplus -= trim_prompt_cache(self._cache, surplus)
-        if n and not surplus:  # recurrent states cannot be cut back: they start anew
-            return n
-        self._cache = make_prompt_cache(self.model)
-        return 0
+        if not n or surplus:  # recurrent states cannot be cut back: they start anew
+            self._cache = make_prompt_cache(self.model)
+            n = 0
+        if self.speculation:
+            self.speculation.follow(n)
+        return n
 
     def closing(self) -> str:
         """One line: speed, hit rate, bytes read, peak against budget."""
@@ -161,6 +200,8 @@ class Session:
             f"{t.prompt_tokens} prompt tokens, first token after {t.prompt_seconds:.2f} s",
             f"{t.generated_tokens} tokens at {t.decode_rate:.1f} tok/s",
         ]
+        if self.drafts.drafted:
+            parts.append(f"{self.drafts.accepted / self.drafts.drafted:.0%} of drafts accepted")
         if asked:
             parts.append(f"{stats['hits'] / asked:.0%} of experts hit")
         parts.append(f"{stats['bytes_read'] / 1e9:.2f} GB read")
@@ -183,6 +224,7 @@ class Session:
             "decode_tokens_per_second": t.decode_rate,
             "tokens": self.tokens,
             "experts": s.stats(),
+            "mtp": self.drafts.stats(),
             "syncs": s.counters.syncs,
             "kv_cache": {
                 "kind": type(self._cache[0]).__name__ if self._cache else "none",

@@ -15,7 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, Glm4MoeConfig, Qwen3_5MoeTextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    Qwen3_5MoeTextConfig,
+)
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.glm4_moe import modeling_glm4_moe as glm
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen
@@ -139,6 +144,34 @@ def _experts(prefix: str, head: Weights, *projections: str) -> Tensor:
         parts = [torch.from_numpy(head[f"{base}.{p}.weight"]) for p in projections]
         found.append(torch.cat(parts))
     return torch.stack(found)
+
+
+@torch.no_grad()
+def whole(path: Path, tokens: np.ndarray) -> list[np.ndarray]:
+    """Logits of transformers' trunk [T, V] and of two steps of its MtpModel [T - 1, V].
+
+    path: a checkpoint by the original names; tokens: [1, T]. The second step takes
+    the first one's output. Raises ImportError where transformers has none.
+    """
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    main = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    # transformers knows the published models' layer numbers only
+    first = main.config.num_hidden_layers
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first}\."]
+    mtp = MtpModel.from_pretrained(main).eval()
+    ids = torch.from_numpy(tokens)
+    out = main(ids, output_hidden_states=-1, use_cache=False)
+    state, logits = out.hidden_states[-1][:, :-1], [out.logits[0].numpy()]
+    rows = torch.arange(ids.shape[1] - 1)[None]
+    for _ in range(2):
+        cache = MtpCache(config=main.config.get_mtp_config())
+        state = mtp.forward_layer(0, state, rows, cache, input_ids=ids[:, 1:])
+        logits.append(mtp._project_to_logits(state)[0].numpy())
+    return logits
 
 
 def main() -> None:

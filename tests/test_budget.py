@@ -14,7 +14,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
 from streamer import plan
-from streamer.budget import divide
+from streamer.budget import MIN_CHUNK, chunk_workspace, divide
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
 from streamer.opened import open_model, trunk_parameters
@@ -112,9 +112,8 @@ def test_the_plan_is_what_is_loaded(mixed: Path, capsys: pytest.CaptureFixture[s
     assert 0 < low <= high
 
 
-@pytest.mark.parametrize("memory", ["min", "40%", "130MB"])
-def test_the_process_stays_within_its_budget(tmp_path: Path, memory: str) -> None:
-    path = make_tiny("qwen3_5_moe", tmp_path / "m", changes={"num_experts": 64})
+def ran(path: Path, memory: str, tmp_path: Path) -> dict:
+    """The statistics of a run over a prompt of many words, which stayed within its budget."""
     stats, prompt = tmp_path / "stats.json", "some words to read first, " * 40
     command = [sys.executable, "-m", "streamer.run", "--model", str(path), "--memory", memory]
     command += ["--raw", "--prompt", prompt, "--max-tokens", "40", "--stats", str(stats)]
@@ -122,4 +121,39 @@ def test_the_process_stays_within_its_budget(tmp_path: Path, memory: str) -> Non
     assert done.returncode == 0, done.stderr
     got = json.loads(stats.read_text())
     assert got["peak_bytes"] <= got["budget_bytes"]
+    return got
+
+
+@pytest.mark.parametrize("memory", ["min", "40%", "130MB"])
+def test_the_process_stays_within_its_budget(tmp_path: Path, memory: str) -> None:
+    path = make_tiny("qwen3_5_moe", tmp_path / "m", changes={"num_experts": 64})
+    got = ran(path, memory, tmp_path)
     assert got["experts"]["slots"] < got["experts"]["total"] or memory == "130MB"
+
+
+def test_a_state_for_every_row_is_foreseen(tmp_path: Path) -> None:
+    """mlx-lm's loop over a gated delta net leaves a state of 2 MB for each row of a pass."""
+    changes = {
+        "linear_num_value_heads": 32,
+        "linear_num_key_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_hidden_layers": 4,
+    }
+    path = make_tiny("qwen3_5_moe", tmp_path / "m", changes=changes)
+    got = ran(path, "min", tmp_path)
+    workspace = chunk_workspace(open_model(path), MIN_CHUNK, got["prompt_tokens"] + 40)
+    assert workspace > 16 * 2 << 20
+    assert got["budget_bytes"] - got["peak_bytes"] < 0.6 * workspace, "far too much is reserved"
+
+
+def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
+    """In a pass of more rows than one; deepseek_v2 keeps them grown."""
+    latent, plain = (open_model(make_tiny(f, tmp_path / f)) for f in ("deepseek_v3", "deepseek_v2"))
+    for opened, grows in ((latent, True), (plain, False)):
+        heads, rank = opened.text("num_attention_heads", 0), opened.text("kv_lora_rank", 0)
+        width = opened.text("qk_nope_head_dim", 0) + opened.text("v_head_dim", 0)
+        assert heads and rank and width
+        more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
+        scores = 256 * 16 * 12 * heads
+        assert more == scores + 256 * 4 * heads * (rank + width) * grows

@@ -21,6 +21,7 @@ from streamer import hub
 from streamer.checkpoint import INDEX
 from streamer.header import read_header
 from streamer.opened import open_model
+from streamer.run import DEMO
 from tools import extract_mtp
 
 FOUR = {"bits": 4, "group_size": 32}
@@ -75,6 +76,17 @@ def test_into_the_original_itself(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any(hasattr(m, "bits") for _, m in head_of(path).named_modules())
     code, text = run(path, path, capsys)
     assert code == 2 and "exists" in text
+
+
+def test_what_is_quantized_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(DEMO / name, tmp_path / name)
+    assert run(DEMO, tmp_path, capsys)[0] == 0
+    want, got = (dict(tree_flatten(head_of(p).parameters())) for p in (DEMO, tmp_path))
+    assert want.keys() == got.keys()
+    assert all(mx.array_equal(want[n], got[n]) and want[n].dtype == got[n].dtype for n in want)
 
 
 def test_fp8_is_multiplied_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,7 @@ def test_bits_are_read_off_the_shapes(tmp_path: Path, name: str) -> None:
             assert got == {"mode": "affine"} | chosen, at
     bits = {module.bits for _, module in opened.head.named_modules() if hasattr(module, "bits")}
     assert f", {' and '.join(map(str, sorted(bits)))} bits, " in opened.head_notes[0]
+    assert any("fewer than 8 bits" in n for n in opened.head_notes) == (min(bits) < 8)
     assert mx.isfinite(logits(opened)).all()
     trunk = next(m for n, m in opened.model.named_modules() if n.endswith("layers.3.mlp.gate"))
     assert trunk.bits == 8  # as the family's rule has it, the head notwithstanding

@@ -5,6 +5,7 @@ python -m pytest tests/test_mtp_heads.py
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -220,6 +221,30 @@ def test_equals_transformers_layers(tmp_path: Path, family: str) -> None:
     for want, got in zip(expected, ours(family, tmp_path, 2), strict=True):
         assert np.abs(want - got).max() < CLOSE
         assert np.abs(want).max() > 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_equals_transformers_from_one_checkpoint(tmp_path: Path, family: str) -> None:
+    """Trunk, hidden state and head: transformers' MtpModel has the convention of ours."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    if not hasattr(importlib.import_module("transformers.modeling_layers"), "MtpModel"):
+        pytest.skip("this transformers has no MtpModel")
+    import mtp_reference
+
+    path = make_head(
+        family, tmp_path, layout="hf", shards=2, changes={"num_nextn_predict_layers": 1}
+    )
+    trunk, *expected = mtp_reference.whole(path, np.array(TOKENS).astype(np.int64))
+    model, opened = load(path)
+    head = opened.head
+    assert head is not None and head.hidden == "post_norm"
+    assert np.abs(np.array(model(TOKENS)[0]) - trunk).max() < CLOSE
+    hidden = model.model(TOKENS)[:, :-1]
+    for want in expected:
+        logits, hidden = head(hidden, TOKENS[:, 1:], head.make_cache())
+        assert np.abs(np.array(logits[0]) - want).max() < CLOSE
+    model.streamer.close()
 
 
 @pytest.mark.parametrize("family", PARITY)

@@ -48,10 +48,10 @@ class Glm4(Appended):
 
     Hidden states: after the final norm, and shared_head.norm(x) is fed back.
     Contested: llama.cpp (#24025) and exllamav3 take the state before it. For it
-    speak DeepSeek's own modeling code, which hands `self.norm(h)` to the head, and
-    what was measured: DeepSeek-R1 61 to 65% accepted, GLM-5.2 an accepted length of
-    3.04 to 3.46 when the normed state is fed back too (ROCm/ATOM #1764, #1742;
-    vLLM #45895, #46075; SGLang's deepseek_nextn).
+    speak transformers' MtpModel (the tests compare with it), DeepSeek's own modeling
+    code, and what was measured: feeding back the normed state took DeepSeek-R1 from
+    61 to 65% accepted and GLM-5.2 from 3.04 to 3.46 tokens a pass (ROCm/ATOM #1764,
+    #1742; vLLM #45895, #46075).
     Order: embedding first. Norms: of both inputs and before the lm_head, as they
     multiply. Embedding and lm_head: the trunk's; the checkpoint's copies are left
     out. Heads: one, applied again. Source: vLLM, glm4_moe_mtp.py.

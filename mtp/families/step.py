@@ -15,7 +15,8 @@ class Step(Appended):
     """x = eh_proj([enorm(embed(t+1)), hnorm(h_t)]), a dense layer with sliding attention.
 
     Hidden states: before the final norm, and x is fed back unnormed (vLLM, whose
-    trunk returns the state before it; SGLang #18564; Rapid-MLX).
+    trunk returns the state before it; Rapid-MLX). Contested: transformers' MtpModel
+    takes both after it.
     Order: embedding first. Norms: of both inputs and before the lm_head;
     zero-centred in original checkpoints. Embedding: the trunk's. lm_head: each
     head's own where the checkpoint has it, else the trunk's. Heads: three, one per

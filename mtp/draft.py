@@ -1,0 +1,122 @@
+"""Draft tokens with an MTP head, whose cache holds verified positions only.
+
+    drafter.note(hidden, tokens)     # verified: states [1, T, D] and the tokens after them [T]
+    drafts = drafter.draft(3, choose)
+
+Rows that drafting writes into the head's cache are thrown away at once; the next
+draft first runs the head over what was verified since. While nothing is drafted
+that waits, and only the last `WAITING` rows are kept: what a head has not seen
+costs acceptance, never correctness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .head import Head
+
+WAITING = 16  # verified rows that wait for the next draft
+Choose = Callable[[mx.array, Sequence[mx.array]], mx.array]  # logits [1, V], drafts -> token [1]
+
+
+class Drafter:
+    """A head and its cache, following one sequence."""
+
+    def __init__(self, head: Head, deepest: int):
+        """deepest: most tokens drafted at once; units of the head beyond are left alone."""
+        self.head = head
+        self._units = max(1, min(head.depth, deepest))
+        self.reset()
+
+    def reset(self) -> None:
+        """Start another sequence."""
+        self.rows = 0  # positions noted
+        self.cache: list[Any] = self.head.make_cache()
+        self._waiting: list[tuple[mx.array, mx.array]] = []
+        # of every unit but the first: states whose token is the next to be verified
+        self._late: list[mx.array | None] = [None] * self._units
+        self._first: tuple[mx.array, mx.array] | None = None  # logits [1, 1, V], state [1, 1, D]
+
+    def note(self, hidden: mx.array, tokens: mx.array) -> None:
+        """Verified states [1, T, D] of the kind the head takes, and the tokens after them [T]."""
+        self.rows += tokens.size
+        self._waiting.append((hidden, tokens))
+        if len(self._waiting) > 2 * WAITING:
+            self._shorten()
+
+    def keep(self, positions: int) -> None:
+        """Forget all but the first `positions`; the sequence goes on otherwise from there."""
+        surplus = self.rows - positions
+        if surplus <= 0:
+            return
+        self.rows = positions
+        while surplus and self._waiting:
+            hidden, tokens = self._waiting.pop()
+            stay = max(0, tokens.size - surplus)
+            surplus -= tokens.size - stay
+            if stay:
+                self._waiting.append((hidden[:, :stay], tokens[:stay]))
+        _trim(self.cache, surplus)
+        self._late = [None] * self._units
+
+    def catch_up(self, *, all_rows: bool = False) -> None:
+        """Run the head over what was noted since the last time; all_rows: of a prompt."""
+        if not all_rows:
+            self._shorten()
+        if not self._waiting:
+            return
+        hidden = mx.concatenate([h for h, _ in self._waiting], axis=1)
+        tokens = mx.concatenate([t for _, t in self._waiting])
+        self._waiting = []
+        count = tokens.size
+        for unit in range(self._units):
+            if unit:  # a unit's token lies further ahead: its last row waits for it
+                late = self._late[unit]
+                hidden = hidden if late is None else mx.concatenate([late, hidden], axis=1)
+                count = min(count, hidden.shape[1] - 1)
+                self._late[unit] = hidden[:, count:]
+                if count == 0:
+                    return
+            logits, hidden = self.head(
+                hidden[:, :count], tokens[None, tokens.size - count :], self.cache, unit, last=True
+            )
+            if not unit:
+                self._first = logits, hidden[:, -1:]
+
+    def draft(self, count: int, choose: Choose) -> list[mx.array]:
+        """`count` >= 1 tokens [1] after the last noted one, not evaluated.
+
+        choose is given the head's logits [1, V] and the drafts before.
+        """
+        self.catch_up()
+        assert self._first is not None, "nothing was noted"
+        logits, hidden = self._first
+        drafts = [choose(logits[:, -1], [])]
+        for step in range(1, count):
+            # deeper steps than units repeat the last one, on rows of its own
+            logits, hidden = self.head(hidden, drafts[-1][None], self.cache, step)
+            drafts.append(choose(logits[:, -1], drafts))
+        for step in range(1, count):
+            _trim(self.head.cache_of(self.cache, step), 1)
+        return drafts
+
+    def _shorten(self) -> None:
+        """Keep the last rows only of those waiting."""
+        total, kept = 0, []
+        for hidden, tokens in reversed(self._waiting):
+            room = WAITING - total
+            if room <= 0:
+                break
+            kept.append((hidden[:, -room:], tokens[-room:]))
+            total += min(room, tokens.size)
+        if sum(t.size for _, t in self._waiting) > total:
+            self._late = [None] * self._units
+        self._waiting = kept[::-1]
+
+
+def _trim(caches: Sequence[Any], rows: int) -> None:
+    for cache in caches:
+        cache.trim(rows)

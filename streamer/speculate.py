@@ -1,0 +1,169 @@
+"""Decoding with the model's own MTP head: draft, verify in one pass, take back what fell.
+
+A `Speculation` belongs to one conversation: it holds the head's cache beside the
+model's, and what was measured, from one generation to the next. The engine drives
+it; with depth 0 a step is plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mtp.depth import DEEPEST, Depth, Fixed
+from mtp.draft import Drafter
+from mtp.head import Head
+from mtp.hidden import take, watch
+from mtp.rollback import Tape, obstacle
+from mtp.verify import Rule, near_tie
+
+from .loading import StreamedSwitch
+
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits
+
+
+@dataclass
+class Counters:
+    """Of all generations; depths[k]: steps that drafted k tokens; near_ties: see `mtp.verify`."""
+
+    drafted: int = 0
+    accepted: int = 0
+    verify_passes: int = 0
+    near_ties: int = 0
+    depths: list[int] = field(default_factory=lambda: [0] * (DEEPEST + 1))
+
+    def stats(self) -> dict[str, Any]:
+        """The `mtp` block of `--stats`."""
+        return {
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "verify_passes": self.verify_passes,
+            "depth_histogram": list(self.depths),
+            "near_ties": self.near_ties,
+        }
+
+
+class Speculation:
+    """A model's head, following one sequence."""
+
+    def __init__(self, model: nn.Module, head: Head, depth: int | None = None):
+        """depth: how many tokens each step drafts; None to choose as it runs."""
+        self.model, self.head = model, head
+        self.depth: Depth | Fixed = Depth() if depth is None else Fixed(depth)
+        self.drafter = Drafter(head, self.depth.deepest)
+        self.counters = Counters()
+        watch(head.trunk.norm)
+
+    def follow(self, cached: int) -> None:
+        """The next generation goes on after the first `cached` tokens of this sequence."""
+        if not cached:
+            self.drafter.reset()
+        elif self.drafter.rows > cached:
+            # the token after the last one kept is another now
+            self.drafter.keep(cached - 1)
+
+    def hidden(self) -> mx.array:
+        """The states [1, T, D] of the pass just built, of the kind the head takes."""
+        return take(self.head.trunk.norm, self.head.hidden)
+
+    def prompt(self, tokens: mx.array) -> list[mx.array]:
+        """Follow a chunk of the prompt; tokens [T]: the next of each of the pass just built.
+
+        Returns what is to be evaluated with it.
+        """
+        self.drafter.note(self.hidden(), tokens)
+        self.drafter.catch_up(all_rows=True)
+        flat: Any = tree_flatten([c.state for c in self.drafter.cache])
+        return [array for _, array in flat if isinstance(array, mx.array)]
+
+    def record(self, depth: int, stood: int, seconds: float) -> None:
+        """A step at `depth` had `stood` drafts accepted and took `seconds`."""
+        self.counters.depths[depth] += 1
+        self.depth.record(depth, stood, seconds)
+
+    def plain(self, token: mx.array) -> None:
+        """A pass over one row was built; token [1]: what it chose."""
+        self.drafter.note(self.hidden(), token)
+
+    def verify(
+        self,
+        cache: list[Any],
+        last: mx.array,
+        count: int,
+        rule: Rule,
+        rows: Callable[[mx.array, mx.array], mx.array],
+        stop: frozenset[int],
+    ) -> Block:
+        """Draft `count` tokens after `last` [1] and run one pass over them.
+
+        rows(logits [1, V], inputs [T]): log probabilities [1, V] after this step's
+        `inputs`, the first of them `last`. The block ends with the first in `stop`.
+        """
+        rule.begin()
+
+        def choose(logits: mx.array, before: Sequence[mx.array]) -> mx.array:
+            return rule.draft(rows(logits, mx.concatenate([last, *before])))
+
+        drafts = mx.concatenate([d.astype(last.dtype) for d in self.drafter.draft(count, choose)])
+        inputs = mx.concatenate([last, drafts])
+        with Tape(self.model, cache, inputs[None]) as tape:
+            logits = self.model(inputs[None], cache=cache)
+        hidden = self.hidden()
+        raw = [logits[:, i] for i in range(count + 1)]
+        probable = [rows(r, inputs[: i + 1]) for i, r in enumerate(raw)]
+        stood, tokens = rule.accept(drafts, probable)
+        ties = mx.zeros(0)
+        if rule.greedy:
+            ties = mx.concatenate([near_tie(*pair) for pair in zip(raw, probable, strict=True)])
+        mx.eval(stood, tokens, ties, *rule.pending)
+        accepted = int(stood.item())  # type: ignore[arg-type]
+        chosen: list[int] = tokens[: accepted + 1].tolist()  # type: ignore[assignment]
+        end = next((i for i, t in enumerate(chosen) if t in stop), accepted)
+        c = self.counters
+        c.drafted += count
+        c.accepted += min(accepted, end + 1)
+        c.verify_passes += 1
+        c.near_ties += int(ties[: end + 1].sum().item())  # type: ignore[arg-type]
+        return Block(self, tape, rule, chosen[: end + 1], accepted, probable, hidden, tokens)
+
+
+@dataclass
+class Block:
+    """The tokens of one verify pass; chosen[:accepted] were drafts; rows: log probabilities."""
+
+    owner: Speculation
+    tape: Tape
+    rule: Rule
+    chosen: list[int]
+    accepted: int
+    rows: list[mx.array]
+    hidden: mx.array
+    tokens: mx.array
+
+    def settle(self, kept: int) -> None:
+        """Leave model and head as after the first `kept` >= 1 tokens, the last not yet run."""
+        self.rule.end(kept)
+        self.tape.rollback(kept)
+        self.owner.drafter.note(self.hidden[:, :kept], self.tokens[:kept])
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why this model cannot take drafts back, or None where it can. Reads no expert."""
+    switches = [m for m in model.modules() if isinstance(m, StreamedSwitch)]
+    runs = [m.__dict__["_run"] for m in switches]
+    try:
+        for switch in switches:
+            switch.__dict__["_run"] = _nothing
+        return obstacle(model)
+    finally:
+        for switch, run in zip(switches, runs, strict=True):
+            switch.__dict__["_run"] = run
+
+
+def _nothing(layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+    return mx.zeros((*indices.shape, x.shape[-1]), dtype=x.dtype)
