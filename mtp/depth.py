@@ -22,12 +22,15 @@ from dataclasses import dataclass
 
 DEEPEST = 8
 PROBING = 0.005  # share of time spent on depths that are not thought best
-WINDOW = 16  # steps that seconds are averaged over
+WINDOW = 24  # steps that seconds are averaged over
 PROBE = 3  # steps of a probe; the first of them is not counted
-OLD = 64  # steps after which seconds are measured anew
+SHIFT = 1.3  # the best depth's cost changing by this makes others worth a look
+OLD = 64  # steps after which all but the last `KEPT` seconds are forgotten
+KEPT = 3
 DRAFTS = 48  # drafts that an acceptance looks back
 MARGIN = 1.015  # by which another depth must be better to be changed to
 GUESS = 0.6  # acceptance before any draft
+PRIOR = 4  # drafts that the position before counts for
 ROW = 0.25  # cost of a depth more before any was measured, of a plain step's
 
 
@@ -36,21 +39,23 @@ class _Seconds:
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=WINDOW)
-        self.step = 0  # when the last one was taken
+        self._step = 0
+        self.time = 0.0  # seconds of decoding before the last one
         self.value = 0.0
 
     @property
     def known(self) -> bool:
         return bool(self._last)
 
-    def add(self, sample: float, step: int) -> None:
-        if step - self.step > OLD:
-            while len(self._last) > 1:
+    def add(self, sample: float, step: int, time: float) -> None:
+        if step - self._step > OLD:
+            while len(self._last) > KEPT:
                 self._last.popleft()
-        self.step = step
+        self._step, self.time = step, time
         self._last.append(sample)
         # without the extremes: what else the machine does now and then says nothing of a depth
-        away = len(self._last) // 5
+        count = len(self._last)
+        away = count // 5 if count > 4 else (count - 1) // 2
         middle = sorted(self._last)[away : len(self._last) - away]
         self.value = sum(middle) / len(middle)
 
@@ -78,13 +83,15 @@ class Depth:
         self._best = 0
         self._last = -1  # depth of the step before
         self._step = 0
-        self._credit = 0.0
+        self._time = 0.0
+        self._level = 0, 0.0  # the best depth and its seconds when the others were looked at
+        self._due: list[int] = []
 
     def choose(self, limit: int) -> int:
         """The next step's depth, at most `limit`."""
         if not self._plan:
             self._best = self._find_best()
-            self._plan = self._probe() or [self._best]
+            self._plan = self._probe()
         return min(self._plan.pop(0), limit)
 
     def record(self, depth: int, stood: int, seconds: float) -> None:
@@ -94,11 +101,11 @@ class Depth:
             self._stands[position].add(position <= stood)
         # the first step at a depth pays for the change: shapes compiled, the head catching up
         if depth == self._last:
-            self._seconds[depth].add(seconds, self._step)
+            self._seconds[depth].add(seconds, self._step, self._time)
         elif not self._plan and not self._seconds[depth].known:
-            self._plan = [depth, depth]
+            self._plan = [depth] * 3
         self._last = depth
-        self._credit += PROBING * seconds
+        self._time += seconds
 
     def tokens(self, depth: int) -> float:
         """Expected tokens of a step."""
@@ -113,7 +120,7 @@ class Depth:
         before = GUESS if position == 1 else self.acceptance(position - 1)
         mean = self._stands[position]
         n = min(mean.count, DRAFTS)
-        return (mean.value * n + before) / (n + 1)
+        return (mean.value * n + before * PRIOR) / (n + PRIOR)
 
     def seconds(self, depth: int) -> float:
         """Of a step: measured, or on the line through the nearest depths measured."""
@@ -141,15 +148,22 @@ class Depth:
         return best if self.rate(best) > MARGIN * self.rate(self._best) else self._best
 
     def _probe(self) -> list[int]:
-        """A few steps at another depth when that has been paid for."""
+        """The best depth, or a few steps at another when that has been paid for."""
         others = [k for k in range(self.deepest + 1) if k != self._best]
         beside = {k for k in others if abs(k - self._best) == 1} | {0, max(others, key=self.rate)}
-        losses = {k: self._loss(k) for k in beside if k != self._best}
-        depth = max(losses, key=lambda k: (self._step - self._seconds[k].step) / losses[k])
-        if self._credit < losses[depth]:
-            return []
-        self._credit = 0.0
-        return [depth] * PROBE
+        beside.discard(self._best)
+        depth, seconds = self._level
+        now = self.seconds(self._best)
+        if depth != self._best or not 1 / SHIFT < now / seconds < SHIFT:
+            self._due = sorted(beside) if depth == self._best else []
+            self._level = self._best, now
+        if self._due:
+            return [self._due.pop()] * PROBE
+        share = PROBING / len(beside)
+        for depth in sorted(beside):
+            if share * (self._time - self._seconds[depth].time) >= self._loss(depth):
+                return [depth] * PROBE
+        return [self._best]
 
     def _loss(self, depth: int) -> float:
         """Seconds that a probe of `depth` is expected to cost over the best depth's."""

@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import infer_quant_config
+from mlx_lm.utils import MODEL_REMAPPING, infer_quant_config
 
 from .families import FAMILIES, Family
 from .families.family import Config, Weights, is_norm
-from .head import Head, Unit, trunk_of
+from .head import Head, trunk_of
 
 # Means of input_layernorm and post_attention_layernorm in published heads of Qwen's: 0.04 to 0.39
 # less 1, 0.87 to 1.28 as they multiply. Others overlap: mtp.norm is 1.25 to 2.58 less 1, and the
@@ -37,14 +37,21 @@ class HeadError(ValueError):
 
 
 def text_config(config: Config) -> Config:
-    """The text model's part of a configuration."""
-    inner = config.get("text_config")
-    return {**inner, "model_type": config["model_type"]} if inner else config
+    """The text model's part of a configuration, its type as mlx-lm calls it."""
+    kind = config["model_type"]
+    inner = config.get("text_config") or config
+    return {**inner, "model_type": MODEL_REMAPPING.get(kind, kind)}
+
+
+def family_of(config: Config) -> Family | None:
+    """The family of a checkpoint's configuration, None where its heads are not known."""
+    kind = config["model_type"]
+    return FAMILIES.get(MODEL_REMAPPING.get(kind, kind))
 
 
 def head_names(config: Config, names: Iterable[str]) -> list[str]:
     """Those of `names` that are the head's, its copies of the trunk's tensors among them."""
-    family = FAMILIES.get(config["model_type"])
+    family = family_of(config)
     if family is None:
         return []
     text = text_config(config)
@@ -64,7 +71,7 @@ def find_head(
     note: told, one line each, what was decided on the way; `Head.notes` keeps it too.
     Raises HeadError when a tensor is missing, left over or of another shape.
     """
-    family = FAMILIES.get(config["model_type"])
+    family = family_of(config)
     text = text_config(config)
     if family is None:
         return None
@@ -169,6 +176,3 @@ def _named(names: list[str]) -> str:
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-__all__ = ["Head", "HeadError", "Unit", "find_head", "head_names"]

@@ -165,9 +165,9 @@ def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:
 
 
 def _wanted_chunk(opened: Opened, context: int, full: int) -> int:
-    """The chunk whose workspace stays below a quarter of the experts, or 64 tokens."""
+    """The chunk that costs at most a quarter of the experts, or 64 tokens."""
     chunk = MAX_CHUNK
-    while chunk > 64 and chunk_workspace(opened, chunk, context) > full // 4:
+    while chunk > 64 and _growing(opened, chunk, context) > full // 4:
         chunk //= 2
     return chunk
 
@@ -177,10 +177,16 @@ def _chunk(opened: Opened, context: int, room: int, full: int) -> tuple[int, int
     chunk = _wanted_chunk(opened, context, full)
     while chunk > MIN_CHUNK:
         workspace = chunk_workspace(opened, chunk, context)
-        if workspace <= room and (workspace <= room // 8 or workspace + full <= room):
+        modest = _growing(opened, chunk, context) <= room // 8
+        if workspace <= room and (modest or workspace + full <= room):
             break
         chunk //= 2
     return chunk, chunk_workspace(opened, chunk, context)
+
+
+def _growing(opened: Opened, chunk: int, context: int) -> int:
+    """The part of the workspace that a smaller chunk saves."""
+    return chunk_workspace(opened, chunk, context) - chunk_workspace(opened, 0, context)
 
 
 def _least_slots(opened: Opened, layers: list) -> int:

@@ -19,7 +19,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mtp.find import Head, HeadError, find_head, head_names
+from mtp.find import HeadError, find_head, head_names
+from mtp.head import Head
 
 from .checkpoint import Checkpoint
 from .console import Parser, command
@@ -68,30 +69,33 @@ def advice(path: Path) -> str:
     return f"python -m tools.extract_mtp {folder} --beside {folder}"
 
 
-def _holder(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint, with the side file that has the head where there is one; the head's names."""
+def _holder(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[Checkpoint, dict[str, str]]:
+    """The checkpoint, with the side file that has the head where there is one.
+
+    And names as stored by the head's names, which mtp*.safetensors may hold without "mtp.".
+    """
     beside = sorted(checkpoint.side_files, key=lambda p: (not p.name.startswith("mtp"), p.name))
     for file in beside:
         header = read_header(file)
-        if names := head_names(config, header):
+        names = {n: n for n in head_names(config, header)}
+        if not names and file.name.startswith("mtp"):
+            bare = {f"mtp.{n}": n for n in header}
+            names = {n: bare[n] for n in head_names(config, bare)}
+        if names:
             held = dataclasses.replace(
                 checkpoint,
                 tensors=checkpoint.tensors | header,
                 files=(*checkpoint.files, file),
             )
             return held, names
-    return checkpoint, head_names(config, checkpoint.tensors)
+    return checkpoint, {n: n for n in head_names(config, checkpoint.tensors)}
 
 
-def _lazy(checkpoint: Checkpoint, names: list[str]) -> dict[str, mx.array]:
-    wanted: dict[Path, list[str]] = {}
-    for name in names:
-        wanted.setdefault(checkpoint.tensors[name].path, []).append(name)
-    arrays: dict[str, mx.array] = {}
-    for file, inside in wanted.items():
-        loaded = cast(dict[str, mx.array], mx.load(str(file)))
-        arrays |= {name: loaded[name] for name in inside}
-    return arrays
+def _lazy(checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, mx.array]:
+    stored: dict[str, mx.array] = {}
+    for file in {checkpoint.tensors[name].path for name in names.values()}:
+        stored |= cast(dict[str, mx.array], mx.load(str(file)))
+    return {name: stored[at] for name, at in names.items()}
 
 
 @command

@@ -152,7 +152,7 @@ def test_names_of_folders(
 ) -> None:
     shutil.copytree(whole, tmp_path / "axb")  # which `*` and `a?b` would find too
     model = shutil.copytree(whole, tmp_path / name)
-    argv = ["--prompt", "x", "--raw", "--max-tokens", "2"]
+    argv = ["--prompt", "x", "--raw", "--max-tokens", "2", "--mtp", "off"]
     assert run.main(["--model", str(whole), *argv]) == 0
     expected = capsys.readouterr().out
     assert run.main(["--model", str(model), *argv]) == 0

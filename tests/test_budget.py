@@ -14,7 +14,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
 from streamer import plan
-from streamer.budget import MIN_CHUNK, chunk_workspace, divide
+from streamer.budget import MIN_CHUNK, _chunk, chunk_workspace, divide
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
 from streamer.opened import open_model, trunk_parameters
@@ -157,3 +157,13 @@ def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
         more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
         scores = 256 * 16 * 12 * heads
         assert more == scores + 256 * 4 * heads * (rank + width) * grows
+
+
+def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:
+    """Expanding latent rows costs the same for any chunk, and once for each."""
+    changes = {"num_attention_heads": 64, "num_key_value_heads": 64, "kv_lora_rank": 512}
+    opened = open_model(make_tiny("deepseek_v3", tmp_path / "m", changes=changes))
+    fixed, whole = (chunk_workspace(opened, n, 1024) for n in (0, 64))
+    assert fixed > 2 * (whole - fixed)
+    assert _chunk(opened, 1024, fixed + 8 * (whole - fixed), 1 << 40)[0] == 64
+    assert _chunk(opened, 1024, fixed + 4 * (whole - fixed), 1 << 40)[0] == 32

@@ -92,6 +92,13 @@ def test_prefixes(tmp_path: Path, family: str, old: str, new: str, side: bool) -
     assert mx.array_equal(logits(open_model(path, mtp=True)), expected)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h"])
+def test_a_side_file_without_a_prefix(tmp_path: Path, family: str) -> None:
+    expected = logits(open_model(make_head(family, tmp_path / "a"), mtp=True))
+    path = rewrite(make_head(family, tmp_path / "b", side=True), renamed("mtp.", ""), "mtp")
+    assert mx.array_equal(logits(open_model(path, mtp=True)), expected)
+
+
 def test_experts_in_two_tensors_or_one_by_one(tmp_path: Path) -> None:
     fused = make_head("qwen3_5_moe", tmp_path / "fused")
 
@@ -127,6 +134,14 @@ def test_further_layers_of_qwen_are_further_depths(tmp_path: Path) -> None:
     assert mx.array_equal(first.join.weight, second.join.weight)
     up = [unit.blocks[0].mlp.up_proj.weight for unit in two.head.units]
     assert mx.array_equal(up[0] * 1.5, up[1])
+
+
+def test_a_family_by_another_name(tmp_path: Path) -> None:
+    path = make_head("deepseek_v3", tmp_path / "m")
+    expected = logits(open_model(path, mtp=True))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "joyai_llm_flash"}))
+    assert mx.array_equal(logits(open_model(path, mtp=True)), expected)
 
 
 def test_a_side_file_goes_before_the_shards(tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ def test_equals_transformers_from_one_checkpoint(tmp_path: Path, family: str) ->
     model.streamer.close()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", PARITY)
 def test_equals_recorded_logits(tmp_path: Path, family: str) -> None:
     recorded = json.loads(GOLDEN.read_text())[family]

@@ -25,9 +25,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mtp.families import FAMILIES
 from mtp.families.family import build
-from mtp.find import HeadError, find_head, head_names, text_config
+from mtp.find import HeadError, family_of, find_head, head_names, text_config
 from mtp.head import Head
 from streamer.checkpoint import INDEX, Checkpoint, read_config, weight_map
 from streamer.console import Parser, bar, command, say
@@ -98,8 +97,8 @@ def _missing(folder: Path) -> list[str]:
 def _named(folder: Path, names: list[str]) -> list[str]:
     """Those of `names` that are the head's. Raises CheckpointError where there are none."""
     config = read_config(folder)
-    kind = config["model_type"]
-    if kind not in FAMILIES:
+    if family_of(config) is None:
+        kind = config["model_type"]
         raise CheckpointError(f"{folder} is of a family, {kind!r}, whose MTP head is not known")
     if found := head_names(config, names):
         return found

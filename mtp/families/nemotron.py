@@ -10,6 +10,7 @@ from mlx_lm.models.cache import KVCache
 from ..head import Trunk, Unit
 from .family import Config, Family, norms
 
+# what is found right in a block's mixer
 _KINDS = {"q_proj": "*", "gate": "E", "up_proj": "-", "in_proj": "M"}
 
 
@@ -37,7 +38,6 @@ class Nemotron(Family):
         for name in names:
             match = re.fullmatch(r"blocks\.(\d+)\.mixer\.(\w+)\..+", name)
             if match and match[2] in _KINDS:
-                # an expert block is told by its router: its experts have an up_proj too
                 found[int(match[1])] = _KINDS[match[2]]
         pattern = [found.get(i, "") for i in range(max(found, default=-1) + 1)]
         if not set(pattern) <= {"*", "E", "-"}:
