@@ -1,4 +1,4 @@
 """Compressed KV caches: codec, cache kinds, their attention, save and load.
 
-Empty so far. Will depend on `kernels`; knows nothing of disks.
+Knows nothing of checkpoints. README.md states the layout that kernels read.
 """

@@ -1,4 +1,4 @@
-"""Multi-token prediction: heads by model family, drafting, verification, rollback.
+"""Multi-token prediction: heads by model family, drafting, verification, rollback, depth.
 
-Empty so far. Will depend on `kernels`; knows nothing of disks.
+Knows nothing of disks; `streamer.speculate` puts the parts together.
 """

@@ -2,6 +2,7 @@
 
     python -m streamer.bench --model PATH
     python -m streamer.bench --quick
+    python -m streamer.bench --mtp off,1,2,3,auto --shares 100,50,25   # drafting or not
 
 Each configuration lives in a process of its own, whose peak memory is its own;
 they take turns (A B C A B C ...), the first round is dropped, medians are
@@ -28,6 +29,8 @@ from .console import Parser, bar, command, number
 from .errors import StreamerError
 
 SHARES = (100, 50, 25, 12)
+Name = tuple[int | None, str]  # share of the experts and --mtp
+MEMORY: Name = (None, "off")  # mlx-lm, everything in memory
 PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    "
 
 
@@ -38,6 +41,8 @@ def parser() -> Parser:
     p.add_argument("--tokens", type=number(8, 4096, int), default=64, help="tokens per round")
     p.add_argument("--rounds", type=number(1, 100, int), default=5)
     p.add_argument("--prompt", default=PROMPT)
+    p.add_argument("--mtp", default="off", help="list of off, auto and 1..8, each a row a share")
+    p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
     p.add_argument("--io", choices=("mmap", "pread", "direct"), default="direct")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--quick", action="store_true", help="under a minute: 2 rounds of 32 tokens")
@@ -60,18 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     from .run import DEMO
 
     path = resolve(args.model) if args.model else DEMO
-    opened = open_model(path, args.dtype)
-    if not opened.layers:
-        raise StreamerError(f"{path} has no routed experts; there is nothing to page")
     try:
         shares = [int(s) for s in args.shares.split(",")]
     except ValueError:
         raise StreamerError(f"--shares {args.shares!r} is not a list of percentages") from None
+    drafts = args.mtp.split(",")
+    if not set(drafts) <= {"off", "auto", *map(str, range(1, 9))}:
+        raise StreamerError(f"--mtp {args.mtp!r} is not a list of off, auto and 1..8")
+    opened = open_model(path, args.dtype, mtp=set(drafts) != {"off"})
+    if not opened.layers:
+        raise StreamerError(f"{path} has no routed experts; there is nothing to page")
+    if not opened.head and set(drafts) != {"off"}:
+        raise StreamerError(f"--mtp {args.mtp}: {opened.head_notes[-1]}")
     disk = measure(opened.checkpoint.files, expert_bytes(opened), args.io)
-    names: list[str | int] = [] if args.no_memory_row else ["mlx-lm"]
-    names += shares
+    names: list[Name] = [] if args.no_memory_row else [MEMORY]
+    names += [(share, mtp) for share in shares for mtp in drafts]
     workers = {n: _Worker(n, path, args) for n in names}
-    results: dict[str | int, list[dict[str, Any]]] = {name: [] for name in workers}
+    results: dict[Name, list[dict[str, Any]]] = {name: [] for name in workers}
     try:
         with bar("rounds") as update:
             for i in range(args.rounds + 1):
@@ -96,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
                 "io": args.io,
                 "tokens": args.tokens,
                 "rounds": args.rounds,
+                "temperature": args.temp,
                 "rows": rows,
             }
         )
@@ -106,10 +117,12 @@ def main(argv: list[str] | None = None) -> int:
 class _Worker:
     """One configuration in a process of its own, which waits between its turns."""
 
-    def __init__(self, name: str | int, path: Path, args: Any):
-        self.name = name
+    def __init__(self, name: Name, path: Path, args: Any):
+        self.name = _label(name)
         job = {
-            "share": name,
+            "share": name[0],
+            "mtp": name[1],
+            "temp": args.temp,
             "path": str(path),
             "tokens": args.tokens,
             "prompt": args.prompt,
@@ -142,18 +155,22 @@ class _Worker:
 
 def _serve(job: dict[str, Any]) -> int:
     """A worker: load once, then one measured generation per line on stdin."""
+    import mlx.core as mx
+
     from .footprint import peak_footprint
     from .loading import open_tokenizer
     from .opened import open_model
 
     path = Path(job["path"])
     tokens = list(open_tokenizer(open_model(path, job["dtype"])).encode(job["prompt"]))
-    run = _in_memory(path, job) if job["share"] == "mlx-lm" else _streamed(path, job)
-    for _ in sys.stdin:
+    run = _in_memory(path, job) if job["share"] is None else _streamed(path, job)
+    for turn, _ in enumerate(sys.stdin):
+        mx.random.seed(turn)
         read_before = kernel_bytes_read()
         got = run(tokens, job["tokens"])
         got["kernel_bytes"] = kernel_bytes_read() - read_before
         got["peak"] = peak_footprint()
+        got["greedy"] = job["temp"] == 0
         print(json.dumps(got), flush=True)
     return 0
 
@@ -163,6 +180,7 @@ def _in_memory(path: Path, job: dict[str, Any]) -> Any:
     import mlx.core as mx
     from mlx.utils import tree_map
     from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
 
     from .opened import compute_dtype, load_lazily
 
@@ -177,7 +195,8 @@ def _in_memory(path: Path, job: dict[str, Any]) -> Any:
     def run(tokens: list[int], n: int) -> dict[str, Any]:
         out: list[int] = []
         began = time.perf_counter()
-        for token, _ in generate_step(mx.array(tokens), model, max_tokens=n):
+        sampler = make_sampler(job["temp"])
+        for token, _ in generate_step(mx.array(tokens), model, max_tokens=n, sampler=sampler):
             if not out:
                 began = time.perf_counter()
             out.append(token)
@@ -188,29 +207,55 @@ def _in_memory(path: Path, job: dict[str, Any]) -> Any:
 
 def _streamed(path: Path, job: dict[str, Any]) -> Any:
     from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.sample_utils import make_sampler
 
     from .engine import Timing, generate
-    from .loading import expert_count, load_streamed
+    from .loading import load_streamed
+    from .opened import open_model
+    from .speculate import Speculation
 
-    slots = round(expert_count(path) * job["share"] / 100)
-    model = load_streamed(path, slots=slots, io=job["io"], dtype=job["dtype"])
-    counters = model.streamer.counters
+    mtp = job["mtp"]
+    total = open_model(path, mtp=mtp != "off").experts  # a head's experts share the pool
+    slots = round(total * job["share"] / 100)
+    model = load_streamed(path, slots=slots, io=job["io"], dtype=job["dtype"], mtp=mtp != "off")
+    counters, speculation = model.streamer.counters, None
+    if mtp != "off":
+        depth = None if mtp == "auto" else int(mtp)
+        speculation = Speculation(model, model.streamer.opened.head, depth)
 
     def run(tokens: list[int], n: int) -> dict[str, Any]:
         timing = Timing()
         out: list[int] = []
-        before = (0, 0, 0)
-        for step in generate(model, tokens, make_prompt_cache(model), max_tokens=n, timing=timing):
+        before = drafts = (0, 0, 0)
+        if speculation:
+            speculation.follow(0)
+            c = speculation.counters
+            drafts = (c.drafted, c.accepted, c.verify_passes)
+        for step in generate(
+            model,
+            tokens,
+            make_prompt_cache(model),
+            max_tokens=n,
+            timing=timing,
+            sampler=make_sampler(job["temp"]),
+            speculation=speculation,
+            seeded=False,
+        ):
             if not out:  # the prompt's reads are not decoding's
                 before = (counters.hits, counters.misses, counters.bytes_wanted)
             out.append(step.token)
-        return {
+        got = {
             "seconds": timing.decode_seconds / (n - 1),
             "out": out,
             "hits": counters.hits - before[0],
             "misses": counters.misses - before[1],
             "bytes": (counters.bytes_wanted - before[2]) / (n - 1),
         }
+        if speculation:
+            got["drafted"] = speculation.counters.drafted - drafts[0]
+            got["accepted"] = speculation.counters.accepted - drafts[1]
+            got["passes"] = speculation.counters.verify_passes - drafts[2]
+        return got
 
     return run
 
@@ -224,20 +269,37 @@ def kernel_bytes_read() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def _row(name: str | int, results: dict[Any, list[dict[str, Any]]], disk: float) -> dict[str, Any]:
+def _label(name: Name) -> str:
+    share, mtp = name
+    if share is None:
+        return "mlx-lm"
+    return f"{share}%" if mtp == "off" else f"{share}%, mtp {mtp}"
+
+
+def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> dict[str, Any]:
     runs = results[name]
     seconds = statistics.median(r["seconds"] for r in runs)
     row: dict[str, Any] = {
-        "configuration": name if name == "mlx-lm" else f"{name}%",
+        "configuration": _label(name),
         "tokens_per_second": 1 / seconds,
         "peak_bytes": max(r["peak"] for r in runs),
         "kernel_bytes": statistics.median(r["kernel_bytes"] for r in runs),
     }
-    memory = results.get("mlx-lm")
+    plain = results.get((name[0], "off"))
+    if plain and name[1] != "off":
+        pairs = zip(plain, runs, strict=True)
+        row["of_plain"] = statistics.median(p["seconds"] / r["seconds"] for p, r in pairs)
+    if name[1] != "off":
+        row["drafted"] = sum(r["drafted"] for r in runs)
+        row["acceptance"] = sum(r["accepted"] for r in runs) / max(1, row["drafted"])
+        row["verify_passes"] = sum(r["passes"] for r in runs)
+    memory = results.get(MEMORY)
     if memory:
         pairs = zip(memory, runs, strict=True)
         row["of_mlx_lm"] = statistics.median(m["seconds"] / r["seconds"] for m, r in pairs)
-        row["same_tokens"] = all(r["out"] == memory[0]["out"] for r in runs)
+        same = all(r["out"] == m["out"] for m, r in zip(memory, runs, strict=True))
+        if same or name[1] == "off" or runs[0]["greedy"]:  # drafts are sampled with other noise
+            row["same_tokens"] = same
     if "misses" in runs[0]:
         asked = sum(r["hits"] + r["misses"] for r in runs)
         row["hit_rate"] = sum(r["hits"] for r in runs) / asked if asked else 1.0
@@ -253,24 +315,30 @@ def _row(name: str | int, results: dict[Any, list[dict[str, Any]]], disk: float)
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A markdown table of the rows."""
-    lines = [
-        "| experts in memory | tok/s | of mlx-lm | hit rate | MB read a token | peak memory "
-        "| roofline | tokens |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cells = [
-            r["configuration"],
-            f"{r['tokens_per_second']:.1f}",
-            f"{r['of_mlx_lm']:.2f}" if "of_mlx_lm" in r else "",
-            f"{r['hit_rate']:.0%}" if "hit_rate" in r else "",
-            f"{r['bytes_per_token'] / 1e6:.1f}" if "bytes_per_token" in r else "",
-            f"{r['peak_bytes'] / 1e6:.0f} MB",
-            f"{r['roofline']:.0%}" if "roofline" in r else "",
-            {True: "same", False: "DIFFERENT"}.get(r.get("same_tokens", ""), ""),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    columns: dict[str, list[str]] = {
+        "experts in memory": [r["configuration"] for r in rows],
+        "tok/s": [f"{r['tokens_per_second']:.1f}" for r in rows],
+        "of mlx-lm": _cells(rows, "of_mlx_lm", "{:.2f}"),
+        "of plain": _cells(rows, "of_plain", "{:.2f}"),
+        "drafts accepted": _cells(rows, "acceptance", "{:.0%}"),
+        "hit rate": _cells(rows, "hit_rate", "{:.0%}"),
+        "MB read a token": _cells(rows, "bytes_per_token", "{:.1f}", 1e6),
+        "peak memory": _cells(rows, "peak_bytes", "{:.0f} MB", 1e6),
+        "roofline": _cells(rows, "roofline", "{:.0%}"),
+        "tokens": [_SAME[r.get("same_tokens")] for r in rows],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    head = [" | ".join(columns), "|".join(["---"] * len(columns))]
+    lines = ["| " + head[0] + " |", "|" + head[1] + "|"]
+    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
     return "\n".join(lines)
+
+
+_SAME = {True: "same", False: "DIFFERENT", None: ""}
+
+
+def _cells(rows: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> list[str]:
+    return [form.format(r[key] / unit) if key in r else "" for r in rows]
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from kernels import fast
+
 from .budget import Budget, divide, with_slots
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Counters, Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
-from .footprint import default_budget, footprint, format_size
+from .footprint import default_budget, footprint, format_size, return_freed_memory
 from .hub import resolve
 from .opened import Opened, open_model
 from .probe import choose_backend
@@ -155,7 +157,9 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
             f"{opened.name} has no routed experts to page and needs "
             f"{format_size(budget.total)}; the budget is {format_size(budget.limit)}"
         )
-    mx.set_cache_limit(budget.workspace // 3)
+    fast.install()
+    return_freed_memory()
+    mx.set_cache_limit(budget.workspace // 6)
     store, chosen = _open_store(opened, budget, io)
     streamer = Streamer(opened, budget, store, chosen)
     model = opened.model

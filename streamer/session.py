@@ -202,6 +202,8 @@ class Session:
         ]
         if self.drafts.drafted:
             parts.append(f"{self.drafts.accepted / self.drafts.drafted:.0%} of drafts accepted")
+        if self.drafts.near_ties:
+            parts.append(f"{self.drafts.near_ties} near ties")
         if asked:
             parts.append(f"{stats['hits'] / asked:.0%} of experts hit")
         parts.append(f"{stats['bytes_read'] / 1e9:.2f} GB read")

@@ -16,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+from kernels import fast
+
+fast.install()  # as loading does: references by mlx-lm alone are computed with the same products
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

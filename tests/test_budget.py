@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
+from kernels import backend, fast
 from streamer import plan
-from streamer.budget import MIN_CHUNK, _chunk, chunk_workspace, divide
+from streamer.budget import MIN_CHUNK, SLACK, _chunk, chunk_workspace, divide
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
 from streamer.opened import open_model, trunk_parameters
@@ -131,8 +132,14 @@ def test_the_process_stays_within_its_budget(tmp_path: Path, memory: str) -> Non
     assert got["experts"]["slots"] < got["experts"]["total"] or memory == "130MB"
 
 
-def test_a_state_for_every_row_is_foreseen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_a_state_for_every_row_is_foreseen(
+    kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """mlx-lm's loop over a gated delta net leaves a state of 2 MB for each row of a pass."""
+    monkeypatch.setenv("STREAMER_KERNELS", kernels)
+    if kernels == "off":  # in the subprocess, and for the plan made here
+        monkeypatch.setattr(fast, "keeps_one_state", lambda width: False)
     changes = {
         "linear_num_value_heads": 32,
         "linear_num_key_heads": 16,
@@ -143,8 +150,10 @@ def test_a_state_for_every_row_is_foreseen(tmp_path: Path) -> None:
     path = make_tiny("qwen3_5_moe", tmp_path / "m", changes=changes)
     got = ran(path, "min", tmp_path)
     workspace = chunk_workspace(open_model(path), MIN_CHUNK, got["prompt_tokens"] + 40)
-    assert workspace > 16 * 2 << 20
-    assert got["budget_bytes"] - got["peak_bytes"] < 0.6 * workspace, "far too much is reserved"
+    one = kernels == "on" and backend.available()
+    assert (workspace > 16 * 2 << 20) is not one
+    spare = got["budget_bytes"] - got["peak_bytes"]
+    assert spare < 0.6 * workspace + SLACK, "far too much is reserved"
 
 
 def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
@@ -156,7 +165,7 @@ def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
         assert heads and rank and width
         more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
         scores = 256 * 16 * 12 * heads
-        assert more == scores + 256 * 4 * heads * (rank + width) * grows
+        assert more == scores + 256 * 5 * heads * (rank + width) * grows
 
 
 def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:

@@ -183,10 +183,14 @@ def test_no_more_tokens_than_asked_for(tiny: Any, plain: list[int], count: int) 
 def test_an_end_inside_a_block(tiny: Any, plain: list[int], at: int) -> None:
     stop = frozenset(plain[at : at + 1])
     end = plain.index(plain[at])
+    timing, cache = Timing(), make_prompt_cache(tiny)
     speculation = drafting(tiny, plain, 4, share=0.9)
-    got, timing, cache = tokens_of(tiny, stop=stop, speculation=speculation)
+    options: Any = {"max_tokens": 40, "stop": stop, "timing": timing, "speculation": speculation}
+    steps = generate(tiny, PROMPT, cache, **options)
+    got = [next(steps).token for _ in range(end + 1)]
     assert got == plain[: end + 1]
-    assert_continues(tiny, cache, timing, got, plain)
+    assert_continues(tiny, cache, timing, got, plain)  # though nobody asked for more
+    assert not list(steps)
 
 
 @pytest.mark.parametrize("at", range(1, 12))

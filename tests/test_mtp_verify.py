@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.sample_utils import greedy_sampler, make_sampler
+from drafting import Rows
+from mlx_lm.models.cache import KVCache
+from mlx_lm.sample_utils import greedy_sampler, make_logits_processors, make_sampler
 
+from mtp.head import Trunk
 from mtp.verify import Residual, Shared, accept, filters_of, near_tie, rule_for
+from streamer.engine import generate
+from streamer.speculate import Speculation
 
 VOCABULARY, DRAWS, DEPTH = 12, 24_000, 3
 SETTINGS: list[dict[str, Any]] = [
@@ -196,3 +203,63 @@ def test_near_ties() -> None:
     assert near(3.0, 20.0, 20.0001)
     assert not near(3.0, 20.0, 20.01)
     assert near(3.0, 20.0, 20.125, dtype=mx.bfloat16)
+
+
+class Table(nn.Module):
+    """A language model that looks at the last token only, and its MTP head, another table."""
+
+    depth, hidden = 1, "post_norm"
+
+    def __init__(self, trunk: np.ndarray, head: np.ndarray):
+        super().__init__()
+        self.norm = nn.RMSNorm(4)
+        self.tables = mx.array(np.stack([trunk, head]).astype(np.float32))
+        self.trunk = Trunk(self, self.norm, lambda tokens: tokens, lambda hidden: hidden)
+        self.streamer = SimpleNamespace(
+            budget=SimpleNamespace(chunk=8), resident=True, check=lambda: None
+        )
+
+    def __call__(self, tokens: mx.array, *rest: Any, cache: Any = None, **options: Any) -> Any:
+        if cache is None:  # as the head: hidden states, tokens, cache
+            logits = self.tables[1][rest[0]]
+            return logits[:, -1:] if options.get("last") else logits, tokens
+        rows = mx.zeros((1, 1, tokens.shape[1], 1))
+        cache[0].update_and_fetch(rows, rows)
+        self.norm(mx.ones((*tokens.shape, 4)))
+        return self.tables[0][tokens]
+
+    def make_cache(self) -> list[Any]:
+        return [Rows()]
+
+    def cache_of(self, cache: list[Any], step: int) -> list[Any]:
+        return cache
+
+
+def test_the_engines_tokens_are_distributed_as_the_trunks() -> None:
+    rng = np.random.default_rng(3)
+    trunk = rng.normal(size=(8, 8))
+    model: Any = Table(trunk, trunk + rng.normal(size=trunk.shape))
+    sampler, bias = make_sampler(0.8, top_k=6), {2: 1.0}
+    known = filters_of(sampler)
+    assert known is not None
+    logits = model.tables[0] + mx.array([1.0 if i == 2 else 0.0 for i in range(8)])
+    true = np.array(
+        Residual(*known)._distribution(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    )
+    mx.random.seed(1)
+    speculation = Speculation(model, model, 3)
+    steps = generate(
+        model,
+        [0, 1],
+        [KVCache()],
+        max_tokens=6000,
+        sampler=sampler,
+        processors=make_logits_processors(logit_bias=bias),
+        speculation=speculation,
+        seeded=False,
+    )
+    tokens = np.array([step.token for step in steps])
+    assert 0.3 < speculation.counters.accepted / speculation.counters.drafted < 0.9
+    pairs = np.bincount(tokens[:-1] * 8 + tokens[1:], minlength=64).reshape(8, 8)
+    expected = pairs.sum(axis=1, keepdims=True) * true.astype(np.float64)
+    assert p_value(pairs.reshape(-1), expected.reshape(-1)) > 0.01

@@ -35,6 +35,35 @@ def test_a_turn_reads_only_what_is_new() -> None:
     assert session.timing.prompt_tokens < fresh.timing.prompt_tokens == len(second)
 
 
+@pytest.mark.parametrize("mtp", ["1", "4", "auto"])
+def test_turns_after_rejected_drafts(mtp: str) -> None:
+    session, plain = session_for("--mtp", mtp), session_for("--mtp", "off")
+    turns = ["import os\n\ndef main(", "\n\nclass A:\n    ", "\nfor x in range(", "\nreturn "]
+    tokens: list[int] = []
+    for turn in turns:
+        tokens += session.tokenizer.encode(turn)
+        answer = reply(session, tokens)
+        assert answer == reply(plain, tokens)
+        tokens += answer
+        assert session.timing.cached <= len(tokens)
+        assert session.speculation.drafter.rows <= len(tokens)
+    assert session.timing.prompt_tokens < 10, "what was cached is not read again"
+    if mtp != "auto":
+        assert session.drafts.drafted > session.drafts.accepted > 0
+
+
+@pytest.mark.parametrize("read", range(1, 7))
+def test_an_interrupted_block_leaves_a_usable_session(read: int) -> None:
+    session, plain = session_for("--mtp", "4"), session_for("--mtp", "off")
+    tokens = session.tokenizer.encode("import os\n\ndef main(")
+    pieces = session.reply(tokens, lambda done, total: None)
+    for _ in range(read):
+        next(pieces)
+    pieces.close()
+    longer = tokens + session.tokens + session.tokenizer.encode("\n\nclass A:")
+    assert reply(session, longer) == reply(plain, longer)
+
+
 def test_an_edited_turn_starts_anew() -> None:
     session, fresh = session_for(), session_for()
     tokens = session.tokenizer.encode("import os\n\ndef main(")
@@ -109,12 +138,13 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_seeds_are_respected(capsys: pytest.CaptureFixture[str]) -> None:
-    def sample(seed: str) -> str:
-        argv = ["--memory", "50%", "--prompt", "def ", "--max-tokens", "16"]
+    def sample(seed: str, *options: str) -> str:
+        argv = ["--memory", "50%", "--prompt", "def ", "--max-tokens", "16", *options]
         assert run.main([*argv, "--temp", "1", "--seed", seed]) == 0
         return capsys.readouterr().out
 
     assert sample("1") == sample("1") != sample("2")
+    assert sample("1", "--mtp", "3") == sample("1", "--mtp", "off")
 
 
 def test_timing_of_nothing() -> None:

@@ -1,0 +1,100 @@
+"""Codebooks for rotated channels, which are close to independent N(0, 1).
+
+`lloyd_max(b)` is the paper's: 2^b levels for one channel. `pairs(b)` codes two channels by one
+index of 2b bits, which fills the plane better than a product of two lines: 7 to 18% less error at
+equal bits, and half a bit is no special case (2.5 bits: 32 points). The points are in pairs.py,
+found by Lloyd's iteration on the density; tests check them by integrating it again.
+
+    from cache.codebook import pairs; pairs(2.5).points.shape    # (32, 2)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .pairs import POINTS
+
+BITS = (2, 2.5, 3, 3.5, 4, 8)
+REACH = 5.0  # pairs further out are as good as on this edge
+CELLS = 512
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """points [2^width, channels] float32; width: bits of an index; channels: 1 or 2.
+
+    nearest: for pairs, the index of the point nearest to each cell of a grid over
+    [-REACH, REACH]^2, uint8 [CELLS * CELLS], first channel slowest; for one channel the
+    boundaries between neighbouring levels, ascending.
+    """
+
+    points: np.ndarray
+    width: int
+    channels: int
+    nearest: np.ndarray
+
+    @property
+    def bits(self) -> float:
+        """Bits per channel."""
+        return self.width / self.channels
+
+
+def of_bits(bits: float) -> Codebook:
+    """The codebook that the shipped codec uses at `bits` per channel."""
+    return lloyd_max(8) if bits == 8 else pairs(bits)
+
+
+@lru_cache
+def pairs(bits: float) -> Codebook:
+    """2^(2 * bits) points of the plane. Raises KeyError for bits other than 2 to 4 by halves."""
+    points = np.array(POINTS[round(2 * bits)], np.float32)
+    axis = (np.arange(CELLS, dtype=np.float32) + 0.5) * (2 * REACH / CELLS) - REACH
+    half = (points**2).sum(1) / 2
+    rows = [
+        (x * points[:, 0] + axis[:, None] * points[:, 1] - half).argmax(1).astype(np.uint8)
+        for x in axis
+    ]
+    return Codebook(points, round(2 * bits), 2, np.concatenate(rows))
+
+
+@lru_cache
+def lloyd_max(bits: int) -> Codebook:
+    """The least-error levels for N(0, 1), by Lloyd's iteration with exact centroids."""
+    count = 2**bits
+    edges = np.array([math.sqrt(3) * _quantile(i / count) for i in range(1, count)])
+    levels = _centroids(edges)
+    for _ in range(20000):
+        edges = (levels[1:] + levels[:-1]) / 2
+        moved = _centroids(edges)
+        done = np.abs(moved - levels).max() < 1e-7
+        levels = moved
+        if done:
+            break
+    edges = (levels[1:] + levels[:-1]) / 2
+    return Codebook(levels.astype(np.float32)[:, None], bits, 1, edges.astype(np.float32))
+
+
+def _centroids(edges: np.ndarray) -> np.ndarray:
+    """Means of N(0, 1) between neighbouring edges, the outermost to infinity."""
+    density = np.concatenate([[0], np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi), [0]])
+    # the tail above is exact where 1 - cdf would cancel
+    below = np.array([0.0, *(math.erfc(-e / math.sqrt(2)) / 2 for e in edges), 1.0])
+    above = np.array([1.0, *(math.erfc(e / math.sqrt(2)) / 2 for e in edges), 0.0])
+    mass = np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
+    return -np.diff(density) / mass
+
+
+def _quantile(p: float) -> float:
+    """Where the normal distribution function is p, by bisection."""
+    low, high = -10.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.erfc(-middle / math.sqrt(2)) / 2 < p:
+            low = middle
+        else:
+            high = middle
+    return low

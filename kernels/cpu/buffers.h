@@ -1,0 +1,18 @@
+// Memory that ops read and work in.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace streamer {
+
+// Where an array's elements lie in row-major order: its own data, or a copy that `held` keeps.
+const void* row_major(const mlx::core::array& a, std::vector<std::shared_ptr<char>>& held);
+
+// `count` floats of this thread's own, 64-byte aligned, valid until the next call with this slot.
+float* workspace(int slot, int64_t count);
+
+} // namespace streamer

@@ -1,0 +1,18 @@
+// Which instruction sets this build has and this CPU runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace streamer {
+
+// Fastest first, of those both compiled in and present; "portable" is always last.
+std::vector<std::string> isas();
+
+// The one in use: STREAMER_ISA if set and usable, else the first of isas().
+const std::string& isa();
+
+// Picks one of isas() by name; false when it is not among them.
+bool set_isa(const std::string& name);
+
+} // namespace streamer

@@ -1,0 +1,132 @@
+#include "linear.h"
+
+#include <stdexcept>
+
+#include "buffers.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "multiply.h"
+
+namespace streamer {
+namespace {
+
+Scale scale_of(const mx::array& a, const char* name) {
+  if (a.dtype() == mx::float32) return Scale::f32;
+  if (a.dtype() == mx::float16) return Scale::f16;
+  if (a.dtype() == mx::bfloat16) return Scale::bf16;
+  throw std::invalid_argument(std::string("linear: ") + name + " must be a float array");
+}
+
+void check(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("linear: ") + what);
+}
+
+} // namespace
+
+Matrix matrix_of(
+    int columns,
+    const mx::array& w,
+    const std::optional<mx::array>& scales,
+    const std::optional<mx::array>& biases,
+    int group,
+    int bits,
+    const std::string& mode) {
+  check(w.ndim() >= 2, "the weight must have two axes");
+  Matrix A{};
+  A.N = w.shape(-2);
+  A.K = columns;
+  if (!scales) {
+    A.format = Format::dense;
+    A.scale = scale_of(w, "a dense weight");
+    check(w.shape(-1) == A.K, "x and the weight differ in columns");
+    return A;
+  }
+  A.bits = bits;
+  A.group = group;
+  check(group == 32 || group == 64 || group == 128, "the group must be 32, 64 or 128");
+  check(A.K % group == 0, "columns must be a multiple of the group");
+  check(w.dtype() == mx::uint32, "a quantized weight must be uint32");
+  check(int64_t(w.shape(-1)) * 32 == int64_t(A.K) * bits, "x and the weight differ in columns");
+  check(
+      scales->ndim() == w.ndim() && scales->shape(-2) == A.N && scales->shape(-1) == A.K / group,
+      "scales don't fit the weight");
+  if (mode == "mxfp4") {
+    A.format = Format::mxfp4;
+    check(bits == 4 && group == 32 && !biases, "mxfp4 has 4 bits, groups of 32 and no biases");
+    check(scales->dtype() == mx::uint8, "mxfp4 scales must be uint8");
+    return A;
+  }
+  check(mode == "affine", "the mode must be affine or mxfp4");
+  check((bits >= 2 && bits <= 6) || bits == 8, "bits must be 2, 3, 4, 5, 6 or 8");
+  A.format = Format::affine;
+  A.scale = scale_of(*scales, "scales");
+  check(
+      biases && biases->shape() == scales->shape() && biases->dtype() == scales->dtype(),
+      "biases don't fit the scales");
+  return A;
+}
+
+mx::array linear(
+    const mx::array& x,
+    const mx::array& w,
+    const std::optional<mx::array>& scales,
+    const std::optional<mx::array>& biases,
+    int group,
+    int bits,
+    const std::string& mode,
+    mx::StreamOrDevice stream) {
+  check(x.ndim() >= 1 && x.dtype() == mx::float32, "x must be float32");
+  check(w.ndim() == 2, "the weight must have two axes");
+  Matrix A = matrix_of(x.shape(-1), w, scales, biases, group, bits, mode);
+  mx::Shape shape = x.shape();
+  shape.back() = A.N;
+  std::vector<mx::array> inputs{x, w};
+  if (scales) inputs.push_back(*scales);
+  if (biases) inputs.push_back(*biases);
+  return mx::array(
+      std::move(shape),
+      mx::float32,
+      std::make_shared<Linear>(mx::to_stream(stream), A),
+      std::move(inputs));
+}
+
+void Linear::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) return;
+  // Inputs are copied as arrays: their data are there when the task runs, and MLX keeps them.
+  std::vector<mx::array> held;
+  for (const mx::array& a : inputs) held.push_back(mx::array::unsafe_weak_copy(a));
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.dispatch([A = matrix_, held = std::move(held), y = out.data<float>(),
+                    M = static_cast<int64_t>(out.size()) / matrix_.N]() mutable {
+    std::vector<std::shared_ptr<char>> copies;
+    const auto* x = static_cast<const float*>(row_major(held[0], copies));
+    A.w = row_major(held[1], copies);
+    if (held.size() > 2) A.scales = row_major(held[2], copies);
+    if (held.size() > 3) A.biases = row_major(held[3], copies);
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (int64_t m = 0; m < M; ++m) {
+      from.push_back(x + m * A.K);
+      to.push_back(y + m * A.N);
+    }
+    std::vector<Pack> packs;
+    std::vector<Part> parts;
+    std::vector<Product> products;
+    add_product(A, from, to, packs, parts, products);
+    multiply(packs, parts, products);
+  });
+}
+
+void Linear::eval_gpu(const std::vector<mx::array>&, mx::array&) {
+  throw std::runtime_error("linear: this kernel runs on the CPU only");
+}
+
+bool Linear::is_equivalent(const Primitive& other) const {
+  const Matrix& a = matrix_;
+  const Matrix& b = static_cast<const Linear&>(other).matrix_;
+  return a.N == b.N && a.K == b.K && a.bits == b.bits && a.group == b.group &&
+      a.format == b.format && a.scale == b.scale;
+}
+
+} // namespace streamer

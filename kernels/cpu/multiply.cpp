@@ -1,0 +1,111 @@
+#include "multiply.h"
+
+#include <algorithm>
+
+#include "buffers.h"
+#include "pool.h"
+
+namespace streamer {
+namespace {
+
+// Bytes of weights that one task reads, between even shares and few hand-outs; and the
+// multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t task_bytes = 64 << 10;
+constexpr int64_t parallel_work = 1 << 18;
+
+int64_t step_of(const Matrix& A) {
+  const int64_t row_bytes = std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
+  return std::clamp<int64_t>(task_bytes / row_bytes / 12 * 12, 12, max_tile);
+}
+
+} // namespace
+
+int width(const Matrix& A) {
+  return A.format != Format::dense ? A.bits : A.scale == Scale::f32 ? 32 : 16;
+}
+
+bool same_packing(const Matrix& a, const Matrix& b) {
+  return a.K == b.K && a.format == b.format &&
+      (a.format == Format::dense || (a.bits == b.bits && a.group == b.group));
+}
+
+void add_product(
+    const Matrix& A,
+    const std::vector<const float*>& x,
+    const std::vector<float*>& y,
+    std::vector<Pack>& packs,
+    std::vector<Part>& parts,
+    std::vector<Product>& products) {
+  Product product{A, static_cast<int>(parts.size()), 0};
+  // Experts chosen by the same rows come one after another: looking far back finds no more.
+  const size_t look = packs.size() > 8 ? packs.size() - 8 : 0;
+  for (size_t i = 0; i < x.size(); i += max_rows) {
+    const int M = static_cast<int>(std::min<size_t>(max_rows, x.size() - i));
+    size_t found = look;
+    for (; found < packs.size(); ++found) {
+      const Pack& pack = packs[found];
+      if (pack.M == M && same_packing(pack.A, A) && std::equal(pack.x, pack.x + M, &x[i])) break;
+    }
+    if (found == packs.size()) {
+      Pack pack{A, M, {}};
+      std::copy_n(&x[i], M, pack.x);
+      packs.push_back(pack);
+    }
+    Part part{static_cast<int>(found), {}};
+    std::copy_n(&y[i], M, part.y);
+    parts.push_back(part);
+  }
+  product.end = static_cast<int>(parts.size());
+  products.push_back(product);
+}
+
+void multiply(
+    const std::vector<Pack>& packs,
+    const std::vector<Part>& parts,
+    const std::vector<Product>& products) {
+  const Rows& kernel = rows();
+  std::vector<int64_t> starts{0};
+  int64_t cells = 0;
+  for (const Pack& pack : packs) {
+    starts.push_back(starts.back() + (kernel.packed(pack.A, pack.M) + 15) / 16 * 16);
+    cells += int64_t(pack.M) * pack.A.K;
+  }
+  float* packed = workspace(0, starts.back());
+  auto pack = [&](int i) { kernel.pack(packs[i].A, packs[i].M, packs[i].x, packed + starts[i]); };
+
+  std::vector<int> first{0};
+  int64_t work = 0;
+  for (const Product& product : products) {
+    const Matrix& A = product.A;
+    first.push_back(first.back() + static_cast<int>((A.N + step_of(A) - 1) / step_of(A)));
+    int64_t rows = 0;
+    for (int p = product.begin; p < product.end; ++p) rows += packs[parts[p].pack].M;
+    work += rows * A.N * A.K;
+  }
+  auto run = [&](int task) {
+    const size_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
+    const Product& product = products[i];
+    const Matrix& A = product.A;
+    const int64_t begin = (task - first[i]) * step_of(A);
+    const int64_t end = std::min<int64_t>(A.N, begin + step_of(A));
+    float* scratch = workspace(1, kernel.scratch(A));
+    for (int p = product.begin; p < product.end; ++p) {
+      const Part& part = parts[p];
+      kernel.run(A, packs[part.pack].M, packed + starts[part.pack], scratch, part.y,
+                 static_cast<int>(begin), static_cast<int>(end));
+    }
+  };
+  const int packing = static_cast<int>(packs.size()), running = first.back();
+  if (packing > 1 && cells >= 1 << 16) {
+    parallel_for(packing, pack);
+  } else {
+    for (int i = 0; i < packing; ++i) pack(i);
+  }
+  if (work >= parallel_work) {
+    parallel_for(running, run);
+  } else {
+    for (int task = 0; task < running; ++task) run(task);
+  }
+}
+
+} // namespace streamer

@@ -1,0 +1,24 @@
+// A few threads that stay, for loops of tens of microseconds.
+#pragma once
+
+#include <cstddef>
+
+namespace streamer {
+
+int threads();
+
+// Sets how many threads share a loop, the caller among them (at least 1).
+void set_threads(int count);
+
+// Calls body(i) once for each i in [0, tasks), on up to `threads()` threads, and returns when all
+// are done. Which thread runs which task is left to chance: tasks must not depend on it.
+// A loop begun while another runs (a second MLX stream) stays on its caller.
+void parallel_for(int tasks, void (*body)(void* context, int task), void* context);
+
+template <class F>
+void parallel_for(int tasks, F& body) {
+  parallel_for(
+      tasks, [](void* f, int task) { (*static_cast<F*>(f))(task); }, &body);
+}
+
+} // namespace streamer

@@ -1,0 +1,56 @@
+// Products of a few rows with one weight matrix: what an instruction set supplies.
+//
+// y[m][n] = sum_k x[m][k] * w[n][k], fp32 accumulation, for M <= 8 rows that share every weight
+// read. Each y has its own order of additions, which depends on K and the format alone: neither on
+// M, on the other rows, on N nor on how the matrix is split among threads.
+#pragma once
+
+#include <cstdint>
+
+namespace streamer {
+
+enum class Format { affine, mxfp4, dense };
+enum class Scale { f32, f16, bf16 };
+
+constexpr int max_rows = 8;
+constexpr int max_tile = 96; // output rows of one run
+
+struct Matrix {
+  const void* w; // [N, K * bits / 32] uint32, or dense [N, K] of `scale`'s type
+  const void* scales; // [N, K / group]
+  const void* biases; // [N, K / group], affine only
+  int N, K, bits, group;
+  Format format;
+  Scale scale; // type of scales and biases, or of w when dense
+};
+
+struct Rows {
+  // Floats that pack needs for M rows, and that run needs to work in; both 64-byte aligned.
+  int64_t (*packed)(const Matrix& matrix, int M);
+  int64_t (*scratch)(const Matrix& matrix);
+  // Lays M rows out for the kernel, with their sums by group.
+  void (*pack)(const Matrix& matrix, int M, const float* const* x, float* out);
+  // y[m][n] for n in [begin, end) and M <= max_rows packed rows.
+  void (*run)(
+      const Matrix& matrix,
+      int M,
+      const float* packed,
+      float* scratch,
+      float* const* y,
+      int begin,
+      int end);
+  // gate[i] = silu(gate[i]) * up[i]; each value alike wherever it stands.
+  void (*swiglu)(float* gate, const float* up, int64_t count);
+};
+
+// The table of the instruction set in use.
+const Rows& rows();
+
+// What every instruction set compiles in: nothing from the standard library may be inlined there,
+// or the linker might keep the copy that other CPUs can't run.
+const Rows& rows_portable();
+const Rows& rows_avx2();
+const Rows& rows_avx512();
+const Rows& rows_neon();
+
+} // namespace streamer

@@ -1,0 +1,228 @@
+#include "step.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
+#include "buffers.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "pool.h"
+#include "steps.h"
+
+namespace streamer {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+constexpr int64_t parallel_work = 1 << 17; // multiply-adds below which one thread is faster
+
+void check(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+void check_float(const Arrays& arrays, const char* what) {
+  for (const mx::array& a : arrays) check(a.dtype() == mx::float32, what);
+}
+
+// Row-major float data of inputs, kept while the op runs.
+class Data {
+ public:
+  const float* operator()(const mx::array& a) {
+    return static_cast<const float*>(row_major(a, held_));
+  }
+
+ private:
+  std::vector<std::shared_ptr<char>> held_;
+};
+
+template <class F>
+void each(int tasks, int64_t work, F body) {
+  if (work >= parallel_work) {
+    parallel_for(tasks, body);
+  } else {
+    for (int i = 0; i < tasks; ++i) body(i);
+  }
+}
+
+// Where the rows of an array lie when its last axis is contiguous.
+int64_t offset_of(const mx::array& a, int64_t row) {
+  int64_t at = 0;
+  for (int axis = static_cast<int>(a.ndim()) - 2; axis >= 0; --axis) {
+    at += row % a.shape(axis) * a.strides(axis);
+    row /= a.shape(axis);
+  }
+  return at;
+}
+
+} // namespace
+
+void Step::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  Arrays in, out;
+  for (mx::array& a : outputs) a.set_data(mx::allocator::malloc(a.nbytes()));
+  for (const mx::array& a : inputs) in.push_back(mx::array::unsafe_weak_copy(a));
+  for (const mx::array& a : outputs) out.push_back(mx::array::unsafe_weak_copy(a));
+  if (outputs[0].size() == 0) return;
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [in = std::move(in), out = std::move(out), body = body_]() mutable { body(in, out); });
+}
+
+void Step::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("this kernel runs on the CPU only");
+}
+
+mx::array rms_norm(
+    const mx::array& x,
+    const std::optional<mx::array>& weight,
+    float eps,
+    float scale,
+    mx::StreamOrDevice stream) {
+  check(x.ndim() >= 1, "rms_norm: x must have an axis");
+  Arrays inputs{x};
+  if (weight) inputs.push_back(*weight);
+  check_float(inputs, "rms_norm: x and the weight must be float32");
+  check(!weight || (weight->ndim() == 1 && weight->shape(0) == x.shape(-1)), "rms_norm: the weight doesn't fit x");
+  auto body = [eps, scale](const Arrays& in, Arrays& out) {
+    const mx::array& x = in[0];
+    Data data;
+    const int n = x.shape(-1);
+    const bool rows = n == 1 || x.strides(-1) == 1; // else x is copied
+    const float* from = rows ? x.data<float>() : data(x);
+    const float* w = in.size() > 1 ? data(in[1]) : nullptr;
+    float* y = out[0].data<float>();
+    const int64_t count = static_cast<int64_t>(x.size()) / n;
+    constexpr int64_t part = 64;
+    each(static_cast<int>((count + part - 1) / part), count * n, [&](int task) {
+      for (int64_t r = task * part; r < std::min(count, (task + 1) * part); ++r) {
+        steps().norm(from + (rows ? offset_of(x, r) : r * n), w, eps, scale, n, y + r * n);
+      }
+    });
+  };
+  auto step = std::make_shared<Step>(mx::to_stream(stream), "StreamerRMSNorm", body);
+  return mx::array(x.shape(), mx::float32, std::move(step), std::move(inputs));
+}
+
+std::vector<mx::array> gated_delta(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    const mx::array& g,
+    const mx::array& beta,
+    const mx::array& state,
+    mx::StreamOrDevice stream) {
+  check_float({q, k, v, g, beta, state}, "gated_delta: everything must be float32");
+  check(q.ndim() == 4 && k.shape() == q.shape() && v.ndim() == 4, "gated_delta: q, k or v doesn't fit");
+  const int B = v.shape(0), T = v.shape(1), Hv = v.shape(2), Dv = v.shape(3), Hk = q.shape(2),
+            Dk = q.shape(3), vectors = Dk / 16;
+  check(q.shape(0) == B && q.shape(1) == T && Hv % Hk == 0, "gated_delta: q doesn't fit v");
+  check(state.shape() == mx::Shape{B, Hv, Dv, Dk}, "gated_delta: the state doesn't fit");
+  check(beta.shape() == mx::Shape{B, T, Hv}, "gated_delta: beta doesn't fit");
+  check(g.shape() == mx::Shape{B, T, Hv} || g.shape() == mx::Shape{B, T, Hv, Dk}, "gated_delta: g doesn't fit");
+  const bool known[17] = {0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1};
+  check(Dk % 16 == 0 && vectors <= 16 && known[vectors], "gated_delta: no kernel for keys of this width");
+  auto body = [=](const Arrays& in, Arrays& out) {
+    Data data;
+    const float *q = data(in[0]), *k = data(in[1]), *v = data(in[2]), *g = data(in[3]),
+                *beta = data(in[4]), *state = data(in[5]);
+    const bool vector_gate = in[3].ndim() == 4;
+    const int wide = vector_gate ? Dk : 1;
+    float *y = out[0].data<float>(), *after = out[1].data<float>(), *d = out[2].data<float>();
+    each(B * Hv, int64_t(B) * Hv * T * Dv * Dk * 3, [&](int task) {
+      const int64_t b = task / Hv, h = task % Hv, hk = h / (Hv / Hk), at = b * T * Hv + h,
+                    keys = (b * T * Hk + hk) * Dk, states = int64_t(task) * Dv * Dk;
+      const Delta head{
+          T, Dk, Dv, vector_gate,
+          q + keys, k + keys, v + at * Dv, g + at * wide, beta + at,
+          int64_t(Hk) * Dk, int64_t(Hk) * Dk, int64_t(Hv) * Dv, int64_t(Hv) * wide, Hv,
+          state + states, after + states, y + at * Dv, d + at * Dv};
+      steps().delta(head, 0, Dv);
+    });
+  };
+  return mx::array::make_arrays(
+      {v.shape(), state.shape(), v.shape()},
+      {mx::float32, mx::float32, mx::float32},
+      std::make_shared<Step>(mx::to_stream(stream), "StreamerGatedDelta", body),
+      {q, k, v, g, beta, state});
+}
+
+mx::array depthwise_conv(const mx::array& x, const mx::array& weight, mx::StreamOrDevice stream) {
+  check_float({x, weight}, "depthwise_conv: x and the weight must be float32");
+  check(x.ndim() == 3 && weight.ndim() == 3 && weight.shape(2) == 1 && weight.shape(0) == x.shape(2), "depthwise_conv: the weight doesn't fit x");
+  const int taps = weight.shape(1), C = x.shape(2), B = x.shape(0), T = x.shape(1) - taps + 1;
+  check(T >= 1, "depthwise_conv: x is shorter than the taps");
+  auto body = [=](const Arrays& in, Arrays& out) {
+    Data data;
+    const float *x = data(in[0]), *w = data(in[1]); // w [taps, C]
+    float* y = out[0].data<float>();
+    each(B * T, int64_t(B) * T * taps * C, [&](int row) {
+      const int64_t from = int64_t(row / T) * (T + taps - 1) + row % T;
+      steps().conv(x + from * C, w, taps, C, y + int64_t(row) * C);
+    });
+  };
+  mx::array turned = mx::transpose(mx::reshape(weight, {C, taps}, stream), {1, 0}, stream);
+  return mx::array(
+      {B, T, C},
+      mx::float32,
+      std::make_shared<Step>(mx::to_stream(stream), "StreamerDepthwiseConv", body),
+      {x, turned});
+}
+
+mx::array attention(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    float scale,
+    bool causal,
+    const std::optional<mx::array>& bias,
+    const std::optional<mx::array>& sinks,
+    mx::StreamOrDevice stream) {
+  check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "attention: q, k and v must have four axes");
+  const int B = q.shape(0), H = q.shape(1), T = q.shape(2), D = q.shape(3), Hk = k.shape(1), S = k.shape(2), Dv = v.shape(3);
+  check(k.shape(0) == B && v.shape(0) == B && v.shape(1) == Hk && v.shape(2) == S && k.shape(3) == D && H % Hk == 0, "attention: k or v doesn't fit");
+  check(!causal || T <= S, "attention: more rows than keys");
+  check(!bias || bias->shape() == mx::Shape{T, S}, "attention: the bias doesn't fit");
+  check(!sinks || sinks->shape() == mx::Shape{H}, "attention: the sinks don't fit");
+  Arrays inputs{q, k, v};
+  if (bias) inputs.push_back(*bias);
+  if (sinks) inputs.push_back(*sinks);
+  check_float(inputs, "attention: everything must be float32");
+  const bool biased = bias.has_value(), sunk = sinks.has_value();
+  auto body = [=](const Arrays& in, Arrays& out) {
+    Data data;
+    const float *q = data(in[0]), *b = biased ? data(in[3]) : nullptr,
+                *s = sunk ? data(in[3 + biased]) : nullptr;
+    // Caches are longer than what is asked of them: read where they lie.
+    const bool rows = in[1].strides(-1) == 1 && in[2].strides(-1) == 1;
+    const float *k = rows ? in[1].data<float>() : data(in[1]),
+                *v = rows ? in[2].data<float>() : data(in[2]);
+    auto stride = [&](const mx::array& a, int axis) {
+      if (rows) return static_cast<int64_t>(a.strides(axis));
+      int64_t n = 1;
+      for (int i = axis + 1; i < 4; ++i) n *= a.shape(i);
+      return n;
+    };
+    const int64_t ks[3] = {stride(in[1], 0), stride(in[1], 1), stride(in[1], 2)};
+    const int64_t vs[3] = {stride(in[2], 0), stride(in[2], 1), stride(in[2], 2)};
+    float* y = out[0].data<float>();
+    each(B * H, int64_t(B) * H * T * S * (D + Dv), [&](int head) {
+      const int batch = head / H, h = head % H, hk = h / (H / Hk);
+      float* scores = workspace(2, (S + 15) / 16 * 16);
+      for (int t = 0; t < T; ++t) {
+        const int64_t at = int64_t(head) * T + t;
+        const Row row{
+            q + at * D, k + batch * ks[0] + hk * ks[1], v + batch * vs[0] + hk * vs[1], ks[2], vs[2],
+            D, Dv, causal ? S - T + t + 1 : S, scale,
+            s ? s + h : nullptr, b ? b + int64_t(t) * S : nullptr, scores, y + at * Dv};
+        steps().attend(row);
+      }
+    });
+  };
+  return mx::array(
+      {B, H, T, Dv},
+      mx::float32,
+      std::make_shared<Step>(mx::to_stream(stream), "StreamerAttention", body),
+      std::move(inputs));
+}
+
+} // namespace streamer

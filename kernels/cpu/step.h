@@ -1,0 +1,70 @@
+// The small ops of a decode pass as lazy MLX primitives on the CPU. All take and give float32.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace streamer {
+
+namespace mx = mlx::core;
+
+// A primitive that is one function of its inputs' and outputs' data, run in its turn on the stream.
+class Step : public mx::Primitive {
+ public:
+  using Body = std::function<void(const std::vector<mx::array>&, std::vector<mx::array>&)>;
+
+  Step(mx::Stream stream, const char* name, Body body)
+      : Primitive(stream), name_(name), body_(std::move(body)) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return name_;
+  }
+
+ private:
+  const char* name_;
+  Body body_;
+};
+
+// x [..., n], weight [n] or none -> x * scale / sqrt(mean(x^2) + eps) * weight.
+mx::array rms_norm(
+    const mx::array& x,
+    const std::optional<mx::array>& weight,
+    float eps,
+    float scale,
+    mx::StreamOrDevice stream);
+
+// q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], g [B, T, Hv] or [B, T, Hv, Dk], beta [B, T, Hv],
+// state [B, Hv, Dv, Dk] -> y [B, T, Hv, Dv], state, and the tape d [B, T, Hv, Dv] (steps.h).
+std::vector<mx::array> gated_delta(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    const mx::array& g,
+    const mx::array& beta,
+    const mx::array& state,
+    mx::StreamOrDevice stream);
+
+// x [B, T + taps - 1, C], weight [C, taps, 1] -> [B, T, C].
+mx::array depthwise_conv(const mx::array& x, const mx::array& weight, mx::StreamOrDevice stream);
+
+// q [B, H, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, H, T, Dv]. causal: the last row sees
+// all S, each row before it one less. bias [T, S]: added to the scores. sinks [H].
+mx::array attention(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    float scale,
+    bool causal,
+    const std::optional<mx::array>& bias,
+    const std::optional<mx::array>& sinks,
+    mx::StreamOrDevice stream);
+
+} // namespace streamer

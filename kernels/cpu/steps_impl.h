@@ -1,0 +1,175 @@
+// The steps of steps.h over sixteen lanes in the compiler's own vectors: included once by each
+// instruction set's source, which says by its flags what a vector becomes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "steps.h"
+
+namespace streamer {
+namespace {
+
+constexpr int W = 16;
+typedef float F __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+
+inline F load(const float* p) {
+  return *reinterpret_cast<const F*>(p);
+}
+
+inline void store(float* p, F v) {
+  *reinterpret_cast<F*>(p) = v;
+}
+
+// The first `n` of sixteen, zeros after.
+inline F load(const float* p, int n) {
+  F v = {};
+  std::memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+inline float sum(F v) {
+  float lane[W];
+  std::memcpy(lane, &v, sizeof v);
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+inline float dot(const float* a, const float* b, int n) {
+  F even = {}, odd = {};
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    even += load(a + i) * load(b + i);
+    odd += load(a + i + W) * load(b + i + W);
+  }
+  if (i + W <= n) {
+    even += load(a + i) * load(b + i);
+    i += W;
+  }
+  if (i < n) odd += load(a + i, n - i) * load(b + i, n - i);
+  return sum(even + odd);
+}
+
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial (Cephes' expf).
+inline F exponential(F x) {
+  x = x < -87.0f ? F{} - 87.0f : x;
+  const F turns = x * 1.44269504f;
+  // Adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
+  const F rounded = turns + 12582912.0f;
+  const F n = rounded - 12582912.0f;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const I power = (__builtin_convertvector(n, I) + 127) << 23;
+  F scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+void norm(const float* x, const float* w, float eps, float scale, int n, float* y) {
+  const float by = scale / __builtin_sqrtf(dot(x, x, n) / n + eps);
+  if (w != nullptr) {
+    for (int i = 0; i < n; ++i) y[i] = x[i] * by * w[i];
+  } else {
+    for (int i = 0; i < n; ++i) y[i] = x[i] * by;
+  }
+}
+
+// A row of the state stays in registers over all T rows when Dk is N vectors.
+template <int N>
+void delta_rows(const Delta& h, int begin, int end) {
+  for (int row = begin; row < end; ++row) {
+    F s[N];
+    for (int i = 0; i < N; ++i) s[i] = load(h.state + int64_t(row) * h.Dk + i * W);
+    for (int t = 0; t < h.T; ++t) {
+      const float *k = h.k + t * h.k_stride, *q = h.q + t * h.q_stride, *g = h.g + t * h.g_stride;
+      F held = {};
+      for (int i = 0; i < N; ++i) {
+        s[i] = h.vector_gate ? s[i] * load(g + i * W) : s[i] * *g;
+        held += s[i] * load(k + i * W);
+      }
+      const int64_t at = t * h.v_stride + row;
+      const float d = (h.v[at] - sum(held)) * h.beta[t * h.beta_stride];
+      F out = {};
+      for (int i = 0; i < N; ++i) {
+        s[i] += load(k + i * W) * d;
+        out += s[i] * load(q + i * W);
+      }
+      h.d[at] = d;
+      h.y[at] = sum(out);
+    }
+    for (int i = 0; i < N; ++i) store(h.out_state + int64_t(row) * h.Dk + i * W, s[i]);
+  }
+}
+
+void delta(const Delta& h, int begin, int end) {
+  switch (h.Dk / W) {
+    case 1: return delta_rows<1>(h, begin, end);
+    case 2: return delta_rows<2>(h, begin, end);
+    case 4: return delta_rows<4>(h, begin, end);
+    case 6: return delta_rows<6>(h, begin, end);
+    case 8: return delta_rows<8>(h, begin, end);
+    case 12: return delta_rows<12>(h, begin, end);
+    case 16: return delta_rows<16>(h, begin, end);
+  }
+}
+
+void conv(const float* x, const float* w, int taps, int C, float* y) {
+  for (int c = 0; c < C; ++c) y[c] = x[c] * w[c];
+  for (int k = 1; k < taps; ++k) {
+    const float *xk = x + int64_t(k) * C, *wk = w + int64_t(k) * C;
+    for (int c = 0; c < C; ++c) y[c] += xk[c] * wk[c];
+  }
+}
+
+void attend(const Row& row) {
+  float top = row.sink != nullptr ? *row.sink : -3.4e38f;
+  for (int i = 0; i < row.n; ++i) {
+    float score = dot(row.q, row.k + i * row.k_stride, row.D) * row.scale;
+    if (row.bias != nullptr) score += row.bias[i];
+    row.scores[i] = score;
+    top = score > top ? score : top;
+  }
+  for (int i = row.n; i % W != 0; ++i) row.scores[i] = -3.4e38f;
+  F total = {};
+  for (int i = 0; i < row.n; i += W) {
+    F p = exponential(load(row.scores + i) - top);
+    if (i + W > row.n) {
+      for (int j = row.n - i; j < W; ++j) p[j] = 0.0f;
+    }
+    store(row.scores + i, p);
+    total += p;
+  }
+  float weight = sum(total);
+  if (row.sink != nullptr) weight += exponential(F{} + (*row.sink - top))[0];
+  int at = 0;
+  for (; at + 4 * W <= row.Dv; at += 4 * W) {
+    F y[4] = {};
+    const float* v = row.v + at;
+    for (int i = 0; i < row.n; ++i, v += row.v_stride) {
+      const float p = row.scores[i];
+      for (int j = 0; j < 4; ++j) y[j] += load(v + j * W) * p;
+    }
+    for (int j = 0; j < 4; ++j) store(row.y + at + j * W, y[j] / weight);
+  }
+  for (; at < row.Dv; at += W) {
+    const int n = row.Dv - at < W ? row.Dv - at : W;
+    F y = {};
+    const float* v = row.v + at;
+    for (int i = 0; i < row.n; ++i, v += row.v_stride) y += load(v, n) * row.scores[i];
+    y /= weight;
+    std::memcpy(row.y + at, &y, n * sizeof(float));
+  }
+}
+
+constexpr Steps table = {norm, delta, conv, attend};
+
+} // namespace
+} // namespace streamer

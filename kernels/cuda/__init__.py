@@ -1,0 +1,1 @@
+"""The kernels of kernels/metal as CUDA."""

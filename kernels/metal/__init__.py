@@ -1,0 +1,1 @@
+"""Metal sources, the functions that launch them, and the check that runs on the user's GPU."""

@@ -1,0 +1,111 @@
+"""Builds kernels.native, the C++ half of the CPU kernels, where a compiler and MLX are at hand.
+
+Without them, or when compiling fails, the install goes on without it: kernels.backend says so once
+at run time and the pure-MLX fallbacks take over. STREAMER_BUILD_KERNELS=off skips it on purpose.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("kernels", "cpu")
+X86 = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
+    ],
+}
+
+
+def flags(source: str) -> list[str]:
+    """The compiler's flags for one source: only those named by a set may use more than
+    the least CPU has, and run-time dispatch keeps them from others."""
+    common = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-strict-aliasing", "-pthread"]
+    if source.endswith("nanobind.cpp"):
+        return [*common, "-DNDEBUG", "-w"]
+    part, _, isa = Path(source).stem.partition("_")
+    # steps_*: the compiler's own vectors, fused where the CPU can
+    common.append("-ffp-contract=fast" if part == "steps" else "-ffp-contract=off")
+    common.append("-w" if part in ("rows", "steps") else "-Wall")
+    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", "steps"):
+        common += X86.get(isa, [])
+    return common
+
+
+class BuildKernels(build_ext):
+    """Compiles each source with its own flags, all at once."""
+
+    def build_extension(self, ext: Extension) -> None:
+        def compiled(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=flags(source),
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            objects = [o for batch in workers.map(compiled, ext.sources) for o in batch]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=ext.libraries,
+            library_dirs=ext.library_dirs,
+            extra_postargs=ext.extra_link_args,
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+
+def extensions() -> list[Extension]:
+    """The extension, or nothing where its headers are missing."""
+    if os.environ.get("STREAMER_BUILD_KERNELS", "on") == "off":
+        return []
+    folders = {}
+    for name in ("mlx", "nanobind"):
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            print(f"kernels: not built, there is no {name} here", file=sys.stderr)
+            return []
+        folders[name] = Path(next(iter(found.submodule_search_locations)))
+    mlx, bind = folders["mlx"], folders["nanobind"]
+    here = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    return [
+        Extension(
+            "kernels.native",
+            sources=sorted(str(path) for path in SOURCES.glob("*.cpp")),
+            depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+            include_dirs=[
+                str(mlx / "include"),
+                str(bind / "include"),
+                str(bind / "src"),
+                str(bind / "ext" / "robin_map" / "include"),
+                str(SOURCES),
+            ],
+            # MLX's own types are found by domain: without it arrays are refused.
+            define_macros=[("NB_DOMAIN", "mlx")],
+            libraries=["mlx"],
+            library_dirs=[str(mlx / "lib")],
+            extra_link_args=[
+                "-pthread",
+                f"-Wl,-rpath,{here}/../mlx/lib",
+                *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,-s"]),
+            ],
+            language="c++",
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,109 @@
+"""The extension's build: in the wheel where a compiler is, and an install that works without."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kernels import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = """
+import mlx.core as mx
+import kernels.backend
+from kernels.linear import linear, reference
+w = mx.quantize(mx.random.normal((24, 64)))
+x = mx.random.normal((3, 64))
+assert mx.allclose(linear(x, *w), reference(x, *w), rtol=1e-4, atol=1e-4)
+linear(x, *w)
+print(kernels.backend.describe(), kernels.backend.__file__)
+"""
+
+
+def run(packages: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(packages), "STREAMER_KERNELS": "on"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(packages) in done.stdout
+    return done
+
+
+def pip(*arguments: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_wheel_brings_the_extension_where_it_compiles(
+    wheel: Path, site: Path, tmp_path: Path
+) -> None:
+    if shutil.which("c++") is None or importlib.util.find_spec("nanobind") is None:
+        pytest.skip("nothing to compile with")
+    modules = [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("kernels/native.")]
+    assert len(modules) == 1
+    done = run(site, tmp_path)
+    assert "RuntimeWarning" not in done.stderr
+    module = backend.native()
+    assert module is None or f"kernels: {module.isas()[0]}" in done.stdout
+
+
+def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("building a wheel needs pip")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "*.so", "tests")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    failing = shutil.which("false") or "false"
+    pip(
+        "install", "--no-deps", "--no-index", "--no-build-isolation",
+        "--target", tmp_path / "site", tmp_path / "source",
+        CC=failing, CXX=failing,
+    )  # fmt: skip
+    assert not list((tmp_path / "site" / "kernels").glob("native.*"))
+    done = run(tmp_path / "site", tmp_path)
+    assert done.stdout.startswith("kernels: MLX's own")
+    assert done.stderr.count("RuntimeWarning: CPU kernels are off") == 1
+
+
+def test_turned_off_it_is_not_missed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "kernels.backend"],
+        cwd=ROOT,
+        env={**os.environ, "STREAMER_KERNELS": "off"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "kernels: MLX's own\n"), done.stderr
+
+
+def test_an_unknown_instruction_set_is_named() -> None:
+    if not backend.available():
+        pytest.skip("the extension is not in use")
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.backend"],
+        cwd=ROOT,
+        env={**os.environ, "STREAMER_ISA": "z80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "STREAMER_ISA=z80" in done.stderr
