@@ -175,4 +175,4 @@ def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:
     fixed, whole = (chunk_workspace(opened, n, 1024) for n in (0, 64))
     assert fixed > 2 * (whole - fixed)
     assert _chunk(opened, 1024, fixed + 8 * (whole - fixed), 1 << 40)[0] == 64
-    assert _chunk(opened, 1024, fixed + 4 * (whole - fixed), 1 << 40)[0] == 32
+    assert _chunk(opened, 1024, whole - 1, 1 << 40)[0] < 64
