@@ -143,6 +143,20 @@ def test_quantized_products(form: tuple[int, int, str]) -> None:
         assert got.shape == want.shape and close(got, want, 4e-6)
 
 
+def test_more_rows_than_are_laid_out_at_a_time() -> None:
+    w = mx.quantize(normal(40, 2048))
+    x = normal(700, 2048)
+    many = fast.quantized_matmul(x, *w)
+    for row in (0, 300, 699):
+        assert mx.array_equal(many[row : row + 1], fast.quantized_matmul(x[row : row + 1], *w))
+    stacked = mx.quantize(normal(2, 40, 2048))
+    slots = mx.array([0, 1] * 350)
+    gathered = fast.gather_qmm(x[:, None], *stacked, rhs_indices=slots)
+    for row in (0, 301, 699):
+        alone = fast.quantized_matmul(x[row : row + 1], *(part[row % 2] for part in stacked))
+        assert mx.array_equal(gathered[row], alone)
+
+
 @pytest.mark.smoke
 def test_other_types_and_shapes_are_mlxs() -> None:
     x = normal(2, 64).astype(mx.float16)

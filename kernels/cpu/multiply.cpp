@@ -59,19 +59,30 @@ void add_product(
   products.push_back(product);
 }
 
-void multiply(
+namespace {
+
+// Floats of packed rows held at a time, unless one part alone needs more.
+constexpr int64_t packed_room = 1 << 19;
+
+// The products of one batch, whose packs are [low, high).
+void multiply_batch(
     const std::vector<Pack>& packs,
     const std::vector<Part>& parts,
-    const std::vector<Product>& products) {
+    const std::vector<Product>& products,
+    int low,
+    int high) {
   const Rows& kernel = rows();
   std::vector<int64_t> starts{0};
   int64_t cells = 0;
-  for (const Pack& pack : packs) {
-    starts.push_back(starts.back() + (kernel.packed(pack.A, pack.M) + 15) / 16 * 16);
-    cells += int64_t(pack.M) * pack.A.K;
+  for (int i = low; i < high; ++i) {
+    starts.push_back(starts.back() + (kernel.packed(packs[i].A, packs[i].M) + 15) / 16 * 16);
+    cells += int64_t(packs[i].M) * packs[i].A.K;
   }
   float* packed = workspace(0, starts.back());
-  auto pack = [&](int i) { kernel.pack(packs[i].A, packs[i].M, packs[i].x, packed + starts[i]); };
+  auto pack = [&](int i) {
+    const Pack& from = packs[low + i];
+    kernel.pack(from.A, from.M, from.x, packed + starts[i]);
+  };
 
   std::vector<int> first{0};
   int64_t work = 0;
@@ -91,11 +102,11 @@ void multiply(
     float* scratch = workspace(1, kernel.scratch(A));
     for (int p = product.begin; p < product.end; ++p) {
       const Part& part = parts[p];
-      kernel.run(A, packs[part.pack].M, packed + starts[part.pack], scratch, part.y,
+      kernel.run(A, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
                  static_cast<int>(begin), static_cast<int>(end));
     }
   };
-  const int packing = static_cast<int>(packs.size()), running = first.back();
+  const int packing = high - low, running = first.back();
   if (packing > 1 && cells >= 1 << 16) {
     parallel_for(packing, pack);
   } else {
@@ -106,6 +117,49 @@ void multiply(
   } else {
     for (int task = 0; task < running; ++task) run(task);
   }
+}
+
+} // namespace
+
+void multiply(
+    const std::vector<Pack>& packs,
+    const std::vector<Part>& parts,
+    const std::vector<Product>& products) {
+  const Rows& kernel = rows();
+  auto room = [&](int low, int high) {
+    int64_t total = 0;
+    for (int i = low; i < high; ++i) total += kernel.packed(packs[i].A, packs[i].M) + 15;
+    return total;
+  };
+  std::vector<Product> batch;
+  int low = 0, high = 0;
+  auto flush = [&] {
+    if (!batch.empty()) multiply_batch(packs, parts, batch, low, high);
+    batch.clear();
+  };
+  for (const Product& product : products) {
+    for (int begin = product.begin; begin < product.end;) {
+      // As many of its parts as fit beside what the batch holds already.
+      int end = begin, from = low, to = high;
+      for (; end < product.end; ++end) {
+        const int pack = parts[end].pack;
+        const bool empty = batch.empty() && end == begin;
+        const int l = empty ? pack : std::min(from, pack), h = empty ? pack + 1 : std::max(to, pack + 1);
+        if (!empty && room(l, h) > packed_room) break;
+        from = l;
+        to = h;
+      }
+      if (end == begin) {
+        flush();
+        continue;
+      }
+      low = from;
+      high = to;
+      batch.push_back({product.A, begin, end});
+      begin = end;
+    }
+  }
+  flush();
 }
 
 } // namespace streamer
