@@ -137,7 +137,10 @@ def _quantize(head: Head, weights: Weights) -> None:
             return False
         return infer_quant_config(path, module, weights)
 
-    nn.quantize(head, class_predicate=rule)
+    try:
+        nn.quantize(head, class_predicate=rule)
+    except Exception as error:  # shapes that no packing explains
+        raise HeadError(f"the MTP head does not load: {_line(error)}") from error
 
 
 def _load(head: Head, weights: Weights) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import email
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -51,3 +54,23 @@ def pip(*arguments: str | Path) -> None:
     argv = [sys.executable, "-m", "pip", *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def link_requirements(wheel: zipfile.ZipFile, site: Path) -> None:
+    """Links in `site` to the distributions that the wheel asks for, and that those ask for."""
+    info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = email.message_from_bytes(wheel.read(info)).get_all("Requires-Dist", [])
+    todo = [(text, "") for text in asked]
+    seen = set()
+    while todo:
+        text, extra = todo.pop()
+        requirement = Requirement(text)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if not wanted or text in seen:
+            continue
+        seen.add(text)
+        found = importlib.metadata.distribution(requirement.name)
+        todo += [(t, e) for t in found.requires or [] for e in (requirement.extras or {""})]
+        for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))

@@ -23,7 +23,7 @@ def filled(bits: float, length: int) -> tuple[CompressedKVCache, mx.array, mx.ar
     cache = CompressedKVCache(bits, bits)
     k, v = mx.array(keys), mx.array(words)
     at = 0
-    sizes = [3, 2, 1, 8, 500] + [1000] * (length // 1000)
+    sizes = [3, 2, 1, 8, 500] + [1000] * (length // 1000 + 1)
     for n in sizes:
         n = min(n, length - at)
         if n:

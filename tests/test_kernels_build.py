@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import link_requirements
 
 from kernels import backend
 
@@ -27,9 +29,18 @@ print(kernels.backend.describe(), kernels.backend.__file__)
 """
 
 
-def run(packages: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with what the wheel asks for, and no other copy of our packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True)
+    link_requirements(zipfile.ZipFile(wheel), next(folder.glob("lib/python*/site-packages")))
+    return folder / "bin" / "python"
+
+
+def run(python: Path, packages: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [python, "-c", SCRIPT],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(packages), "STREAMER_KERNELS": "on"},
         capture_output=True,
@@ -54,19 +65,21 @@ def pip(*arguments: str | Path, **environment: str) -> str:
 
 
 def test_the_wheel_brings_the_extension_where_it_compiles(
-    wheel: Path, site: Path, tmp_path: Path
+    wheel: Path, site: Path, python: Path, tmp_path: Path
 ) -> None:
     if shutil.which("c++") is None or importlib.util.find_spec("nanobind") is None:
         pytest.skip("nothing to compile with")
     modules = [n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("kernels/native.")]
     assert len(modules) == 1
-    done = run(site, tmp_path)
+    done = run(python, site, tmp_path)
     assert "RuntimeWarning" not in done.stderr
     module = backend.native()
     assert module is None or f"kernels: {module.isas()[0]}" in done.stdout
 
 
-def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path: Path) -> None:
+def test_without_a_compiler_the_install_works_and_says_so_once(
+    python: Path, tmp_path: Path
+) -> None:
     if importlib.util.find_spec("pip") is None:
         pytest.skip("building a wheel needs pip")
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "*.so", "tests")
@@ -78,7 +91,7 @@ def test_without_a_compiler_the_install_works_and_says_so_once(tmp_path: Path) -
         CC=failing, CXX=failing,
     )  # fmt: skip
     assert not list((tmp_path / "site" / "kernels").glob("native.*"))
-    done = run(tmp_path / "site", tmp_path)
+    done = run(python, tmp_path / "site", tmp_path)
     assert done.stdout.startswith("kernels: MLX's own")
     assert done.stderr.count("RuntimeWarning: CPU kernels are off") == 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import importlib.metadata
 import json
 import os
 import re
@@ -13,9 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import pip
+from conftest import link_requirements, pip
 from families import make_tiny
-from packaging.requirements import Requirement
 
 import streamer
 from streamer.cli import COMMANDS
@@ -32,26 +30,6 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
     link_requirements(zipfile.ZipFile(wheel), next(folder.glob("lib/python*/site-packages")))
     return folder
-
-
-def link_requirements(wheel: zipfile.ZipFile, site: Path) -> None:
-    """Links in `site` to the distributions that the wheel asks for, and that those ask for."""
-    info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    asked = email.message_from_bytes(wheel.read(info)).get_all("Requires-Dist", [])
-    todo = [(text, "") for text in asked]
-    seen = set()
-    while todo:
-        text, extra = todo.pop()
-        requirement = Requirement(text)
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
-        if not wanted or text in seen:
-            continue
-        seen.add(text)
-        found = importlib.metadata.distribution(requirement.name)
-        todo += [(t, e) for t in found.requires or [] for e in (requirement.extras or {""})]
-        for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
-            if not (site / top).exists():
-                (site / top).symlink_to(found.locate_file(top))
 
 
 def run(fresh: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -432,6 +432,7 @@ def test_mapped_pages_are_given_back(tmp_path):
 
 
 def open_descriptors() -> int:
+    gc.collect()  # what other tests left behind
     return len(os.listdir("/dev/fd"))
 
 

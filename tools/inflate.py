@@ -5,7 +5,7 @@
 The intermediate size of each expert grows by a whole factor. New rows of gate
 and up are zero, and so are the columns of down that meet them, so that every
 output keeps its bits. Reads a checkpoint with stacked experts (`switch_mlp` or
-`experts`, quantized affine or not) and leaves MTP heads as they are.
+`experts`, quantized affine or not), those of its MTP head included.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def inflate(source: Checkpoint, dest: Path, factor: int) -> None:
 
 
 def _is_expert(tensor: Tensor) -> bool:
-    return bool(EXPERT.match(tensor.name)) and "mtp." not in tensor.name
+    return bool(EXPERT.match(tensor.name))
 
 
 def _factor(source: Checkpoint, wanted: int) -> int:
-    first = next((t for t in source.tensors.values() if _is_expert(t)), None)
+    trunk = (t for n, t in source.tensors.items() if "mtp." not in n)
+    first = next((t for t in trunk if _is_expert(t)), None)
     if first is None:
         raise UsageError(f"{source.path} has no stacked experts to pad")
     layer = EXPERT.match(first.name)["layer"]  # type: ignore[index]
