@@ -48,9 +48,9 @@ def parser() -> Parser:
     p.add_argument(
         "--mtp",
         type=_depth,
-        default="auto",
+        default="off",
         metavar="auto|off|1..8",
-        help="tokens that the model's MTP head drafts at each step (auto: as many as pay)",
+        help="tokens that the model's MTP head drafts at each step (auto: by measured cost)",
     )
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
