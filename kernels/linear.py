@@ -11,7 +11,6 @@ Inference only: gradients are MLX's products' to give.
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import backend
 
@@ -81,73 +80,3 @@ def linear(
     wide = x if x.dtype == mx.float32 else x.astype(mx.float32)
     y = native.linear(wide, w, scales, biases, group_size=group_size, bits=bits, mode=mode)
     return y if x.dtype == mx.float32 else y.astype(x.dtype)
-
-
-class Linear(nn.QuantizedLinear):
-    """An nn.QuantizedLinear whose product is `linear`; `accelerate` makes one of a layer."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not supports(self["weight"], self["scales"], bits=self.bits, mode=self.mode):
-            return super().__call__(x)
-        y = linear(
-            x,
-            self["weight"],
-            self["scales"],
-            self.get("biases"),
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
-        return y + self["bias"] if "bias" in self else y
-
-
-class Embedding(nn.QuantizedEmbedding):
-    """An nn.QuantizedEmbedding whose `as_linear`, a tied head, is `linear`."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        if not supports(self["weight"], self["scales"], bits=self.bits, mode=self.mode):
-            return super().as_linear(x)
-        return linear(
-            x,
-            self["weight"],
-            self["scales"],
-            self.get("biases"),
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
-
-
-class Dense(nn.Linear):
-    """An nn.Linear whose product is `linear`: routers, gates, unquantized heads."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not supports(self["weight"], None, bits=0, mode=""):
-            return super().__call__(x)
-        y = linear(x, self["weight"])
-        return y + self["bias"] if "bias" in self else y
-
-
-SWAPS: dict[type, type] = {
-    nn.QuantizedLinear: Linear,
-    nn.QuantizedEmbedding: Embedding,
-    nn.Linear: Dense,
-}
-
-
-def accelerate(module: nn.Module, *, dense: bool = True) -> int:
-    """Gives every linear layer below `module` (itself too) the kernels' product, in place.
-
-    Layers stay the objects that they were, with their arrays: only their class changes, and
-    subclasses of theirs are left alone. `dense` takes nn.Linear too. Returns how many changed;
-    0 where the extension doesn't run.
-    """
-    if not backend.available():
-        return 0
-    changed = 0
-    for _, layer in module.named_modules():
-        swap = SWAPS.get(type(layer))
-        if swap is not None and (dense or swap is not Dense):
-            layer.__class__ = swap
-            changed += 1
-    return changed

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
 from kernels import backend
-from kernels.linear import Dense, Embedding, Linear, accelerate, linear, reference
+from kernels.linear import linear, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(1, 32), (5, 96), (8, 64), (37, 192), (130, 1056), (13, 4224)]
@@ -160,36 +159,6 @@ def test_it_is_lazy_and_compiles() -> None:
     layers = mx.compile(lambda x: mx.tanh(linear(mx.sin(x), *weights)) + 1)
     assert mx.allclose(layers(x), mx.tanh(linear(mx.sin(x), *weights)) + 1)
     assert mx.array_equal(layers(x), layers(x))
-
-
-def test_accelerate_swaps_layers_in_place() -> None:
-    class Tiny(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.QuantizedEmbedding(64, 128)
-            self.quantized = nn.QuantizedLinear(128, 96, bias=True)
-            self.fp4 = nn.QuantizedLinear(96, 64, bias=False, mode="nvfp4")
-            self.dense = [nn.Linear(64, 128)]
-
-        def __call__(self, x: mx.array) -> mx.array:
-            h = self.dense[0](self.fp4(self.quantized(self.embed(x))))
-            return self.embed.as_linear(h)
-
-    model = Tiny()
-    model.quantized.bias = mx.arange(96.0)
-    weight = model.quantized.weight
-    tokens = mx.array([[3, 1, 4]])
-    plain = model(tokens)
-    count = accelerate(model)
-    assert count == (4 if backend.available() else 0)
-    assert model.quantized.weight is weight
-    if backend.available():
-        assert isinstance(model.embed, Embedding) and isinstance(model.dense[0], Dense)
-        assert isinstance(model.quantized, Linear) and accelerate(model) == 0
-    assert mx.allclose(model(tokens), plain, rtol=1e-4, atol=1e-3)
-
-
-# Other back ends: this file again in a process of its own.
 
 
 def rerun(**environment: str) -> None:
