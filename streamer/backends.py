@@ -36,6 +36,7 @@ from .errors import StreamerError
 MACOS = sys.platform == "darwin"
 PAGE = mmap.PAGESIZE
 WINDOW = 256 << 10  # bytes that one mapped read has mapped at a time
+LATE = 256  # ranges that are dropped from the page cache once more when no read is under way
 AROUND = 2 << 20  # touching a page maps its neighbours, at most to the ends of its page table
 # Disks have blocks of 512 or 4096 bytes; macOS bypasses its cache by whole pages.
 BLOCK = PAGE if MACOS else 4096
@@ -187,6 +188,9 @@ class Mapped(Pread):
                 empty = os.fstat(fd).st_size == 0
                 self._maps.append(None if empty else _map(path, fd))
             self._bases = [0 if m is None else _address(m) for m in self._maps]
+            self._reading = 0
+            self._late: list[tuple[int, int, int]] = []
+            self._count = threading.Lock()
         except BaseException:
             self.close()
             raise
@@ -201,15 +205,36 @@ class Mapped(Pread):
             mapping.madvise(mmap.MADV_WILLNEED, start, size)
         else:  # the same as MADV_WILLNEED, but mmap.madvise holds the GIL meanwhile
             os.posix_fadvise(fd, start, size, os.POSIX_FADV_WILLNEED)
+        with self._count:
+            self._reading += 1
+        try:
+            self._copy(mapping, file, offset, parts)
+        finally:
+            self._done(fd, start, size)
+        return nbytes
+
+    def _copy(
+        self, mapping: mmap.mmap, file: int, offset: int, parts: Sequence[memoryview]
+    ) -> None:
         taken = 0
         for some in _windows(parts, WINDOW):  # what is mapped counts as this process's memory
             length = sum(part.nbytes for part in some)
             _scatter(np.frombuffer(mapping, np.uint8, length, offset + taken), some)
             mapping.madvise(mmap.MADV_DONTNEED, *self._touched(file, offset + taken, length))
             taken += length
-        if self.drop_behind:
+
+    def _done(self, fd: int, start: int, size: int) -> None:
+        """Drop what was read, and again once no other read may have it mapped."""
+        with self._count:
+            self._reading -= 1
+            if not self.drop_behind:
+                return
             self._drop(fd, start, size)
-        return nbytes
+            self._late = [*self._late[1 - LATE :], (fd, start, size)]
+            if self._reading == 0:
+                for late in self._late:
+                    self._drop(*late)
+                self._late = []
 
     def _touched(self, file: int, offset: int, nbytes: int) -> tuple[int, int]:
         """Start and size of what reading the range has mapped: by addresses, not offsets."""

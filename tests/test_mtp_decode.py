@@ -273,7 +273,7 @@ def test_mlx_lms_own_generation_still_works(tmp_path: Path) -> None:
 def test_without_a_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_tiny("qwen3_moe", tmp_path)
     argv = ["--model", str(path), "--prompt", "abc", "--max-tokens", "4", "--memory", "1GB"]
-    assert run.main([*argv, "--raw"]) == 0
+    assert run.main([*argv, "--raw", "--mtp", "auto"]) == 0
     said = capsys.readouterr()
     assert said.err.count("has no MTP head; decoding without drafts") == 1
     assert run.main([*argv, "--raw", "--mtp", "off"]) == 0
