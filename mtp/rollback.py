@@ -68,8 +68,15 @@ _patching = threading.Lock()  # the modules patched are everyone's
 class Tape:
     """What a pass over `tokens` [1, T] did to the caches, so that rows can be taken back."""
 
-    def __init__(self, model: nn.Module, cache: Sequence[Any], tokens: mx.array):
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: Sequence[Any],
+        tokens: mx.array,
+        found: Sequence[Place] | None = None,
+    ):
+        """found: `updates(model)`, where it was looked for before."""
+        self._model, self._found = model, found
         self._rows = tokens.shape[1]
         self._caches = list(leaves(cache))
         states = (c for c in self._caches if type(c) is ArraysCache)
@@ -84,9 +91,11 @@ class Tape:
         _patching.acquire()
         self._thread = threading.get_ident()
         for state in self._states.values():
-            state.cache.__class__ = _taped(self._touch)
+            state.cache.__dict__["_touch"] = self._touch
+            state.cache.__class__ = _Taped
         self._patch(nn.Conv1d, "__call__", self._conv)
-        for owner, name, recurrence in _updates(self._model):
+        found = updates(self._model) if self._found is None else self._found
+        for owner, name, recurrence in found:
             self._patch(owner, name, partial(self._update, recurrence))
         return self
 
@@ -98,6 +107,7 @@ class Tape:
         self._undo.clear()
         for state in self._states.values():
             state.cache.__class__ = ArraysCache
+            del state.cache.__dict__["_touch"]
         self._current = None
         _patching.release()
 
@@ -138,16 +148,16 @@ class Tape:
         return call
 
     def _update(self, recurrence: Recurrence, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._current is None or threading.get_ident() != self._thread:
                 return original(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
-            if bound.arguments[recurrence.rows[0]].ndim <= recurrence.axis + 1:
-                return original(*args, **kwargs)  # one row, without an axis of rows
-            update = _Update(original, recurrence, bound)
-            outputs, state = update.run(self._rows)
+            update = _Update(original, recurrence, args, kwargs)
+            if recurrence.one_by_one:
+                if update.argument(recurrence.rows[0]).ndim <= recurrence.axis + 1:
+                    return original(*args, **kwargs)  # one row, without an axis of rows
+                outputs, state = update.run(self._rows)
+            else:
+                outputs, state = original(*args, **kwargs)
             self._current.updates.append((update, state))
             return outputs, state
 
@@ -161,30 +171,44 @@ class _Update:
         self,
         function: Callable[..., Any],
         recurrence: Recurrence,
-        bound: inspect.BoundArguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ):
-        self._function, self._recurrence, self._bound = function, recurrence, bound
+        self._function, self._recurrence = function, recurrence
+        self._args, self._kwargs = args, kwargs
+
+    def argument(self, name: str) -> Any:
+        return self._bind().arguments.get(name)
 
     def run(self, rows: int) -> tuple[mx.array, mx.array]:
         """Outputs of, and the state after, the first `rows` rows."""
-        r = self._recurrence
-        if not r.one_by_one:
-            return self._call(0, rows, self._bound.arguments.get(r.state))
-        outputs, state = [], self._bound.arguments.get(r.state)
-        for row in range(rows):
-            y, state = self._call(row, row + 1, state)
+        r, bound = self._recurrence, self._bind()
+        outputs, state = [], bound.arguments.get(r.state)
+        steps = [(i, i + 1) for i in range(rows)] if r.one_by_one else [(0, rows)]
+        for start, end in steps:
+            y, state = self._call(bound, start, end, state)
             outputs.append(y)
         assert state is not None
-        return mx.concatenate(outputs, axis=r.axis), state
+        return mx.concatenate(outputs, axis=r.axis) if len(outputs) > 1 else outputs[0], state
 
-    def _call(self, start: int, end: int, state: mx.array | None) -> tuple[mx.array, mx.array]:
-        bound, r = self._bound, self._recurrence
+    def _bind(self) -> inspect.BoundArguments:
+        return _signature(self._function).bind(*self._args, **self._kwargs)
+
+    def _call(
+        self, bound: inspect.BoundArguments, start: int, end: int, state: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        r = self._recurrence
         values = dict(bound.arguments) | {r.state: state}
         cut = (*[slice(None)] * r.axis, slice(start, end))
         for name in r.rows:
             values[name] = values[name][cut]
         part = inspect.BoundArguments(bound.signature, values)  # type: ignore[arg-type]
         return self._function(*part.args, **part.kwargs)
+
+
+@memo
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 class _State:
@@ -231,19 +255,16 @@ class _State:
         return window.shape == (batch, width + self._tokens.shape[1], channels)
 
 
-def _taped(touch: Callable[[Any, int, mx.array | None], None]) -> type[ArraysCache]:
-    """ArraysCache that says when a layer reads or writes it."""
+class _Taped(ArraysCache):
+    """An ArraysCache that says when a layer reads or writes it."""
 
-    class Taped(ArraysCache):
-        def __getitem__(self, slot: int) -> Any:
-            touch(self, slot, None)
-            return super().__getitem__(slot)
+    def __getitem__(self, slot: int) -> Any:
+        self.__dict__["_touch"](self, slot, None)
+        return self.cache[slot]
 
-        def __setitem__(self, slot: int, value: mx.array) -> None:
-            touch(self, slot, value)
-            super().__setitem__(slot, value)
-
-    return Taped
+    def __setitem__(self, slot: int, value: mx.array) -> None:
+        self.__dict__["_touch"](self, slot, value)
+        self.cache[slot] = value
 
 
 def leaves(cache: Iterable[Any]) -> Iterable[Any]:
@@ -255,14 +276,17 @@ def leaves(cache: Iterable[Any]) -> Iterable[Any]:
             yield one
 
 
-def _updates(model: nn.Module) -> list[tuple[Any, str, Recurrence]]:
-    """(module or class, name, what it is) of the updates that `model` may call."""
-    return list(_updates_of(tuple({type(m) for m in model.modules()})))
+Place = tuple[Any, str, Recurrence]  # module or class, name there, what it is
+
+
+def updates(model: nn.Module) -> tuple[Place, ...]:
+    """Those that `model` may call; walks all of its modules."""
+    return _updates_of(tuple({type(m) for m in model.modules()}))
 
 
 @memo
-def _updates_of(types: tuple[type, ...]) -> tuple[tuple[Any, str, Recurrence], ...]:
-    found: dict[tuple[int, str], tuple[Any, str, Recurrence]] = {}
+def _updates_of(types: tuple[type, ...]) -> tuple[Place, ...]:
+    found: dict[tuple[int, str], Place] = {}
     for kind in types:
         module = sys.modules[kind.__module__]
         for name, recurrence in FUNCTIONS.items():

@@ -19,7 +19,7 @@ from mtp.depth import DEEPEST, Depth, Fixed
 from mtp.draft import Drafter
 from mtp.head import Head
 from mtp.hidden import take, watch
-from mtp.rollback import Tape, obstacle
+from mtp.rollback import Tape, obstacle, updates
 from mtp.verify import Rule, near_tie
 
 from .loading import StreamedSwitch
@@ -57,6 +57,7 @@ class Speculation:
         self.depth: Depth | Fixed = Depth() if depth is None else Fixed(depth)
         self.drafter = Drafter(head, self.depth.deepest)
         self.counters = Counters()
+        self._updates = updates(model)
         watch(head.trunk.norm)
 
     def follow(self, cached: int) -> None:
@@ -110,8 +111,9 @@ class Speculation:
             return rule.draft(rows(logits, mx.concatenate([last, *before])))
 
         drafts = mx.concatenate([d.astype(last.dtype) for d in self.drafter.draft(count, choose)])
+        mx.async_eval(drafts)  # they are computed while the pass over them is built
         inputs = mx.concatenate([last, drafts])
-        with Tape(self.model, cache, inputs[None]) as tape:
+        with Tape(self.model, cache, inputs[None], self._updates) as tape:
             logits = self.model(inputs[None], cache=cache)
         hidden = self.hidden()
         raw = [logits[:, i] for i in range(count + 1)]
