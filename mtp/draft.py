@@ -20,6 +20,7 @@ from .head import Head
 
 WAITING = 16  # verified rows that wait for the next draft
 Choose = Callable[[mx.array, Sequence[mx.array]], mx.array]  # logits [1, V], drafts -> token [1]
+GoesOn = Callable[[mx.array], tuple[bool, bool]]  # draft [1] -> whether to take it, to make another
 
 
 class Drafter:
@@ -86,20 +87,26 @@ class Drafter:
             if not unit:
                 self._first = logits, hidden[:, -1:]
 
-    def draft(self, count: int, choose: Choose) -> list[mx.array]:
-        """`count` >= 1 tokens [1] after the last noted one, not evaluated.
+    def draft(self, count: int, choose: Choose, goes_on: GoesOn | None = None) -> list[mx.array]:
+        """Up to `count` >= 1 tokens [1] after the last noted one, not evaluated.
 
-        choose is given the head's logits [1, V] and the drafts before.
+        choose is given the head's logits [1, V] and the drafts before, goes_on each draft.
         """
         self.catch_up()
         assert self._first is not None, "nothing was noted"
         logits, hidden = self._first
-        drafts = [choose(logits[:, -1], [])]
-        for step in range(1, count):
+        drafts: list[mx.array] = []
+        rows = 0  # of drafts, in the head's cache
+        while True:
+            token = choose(logits[:, -1], drafts)
+            take, more = goes_on(token) if goes_on else (True, True)
+            drafts += [token] if take else []
+            if not more or len(drafts) == count:
+                break
             # deeper steps than units repeat the last one, on rows of its own
-            logits, hidden = self.head(hidden, drafts[-1][None], self.cache, step)
-            drafts.append(choose(logits[:, -1], drafts))
-        for step in range(1, count):
+            rows += 1
+            logits, hidden = self.head(hidden, token[None], self.cache, rows)
+        for step in range(1, rows + 1):
             _trim(self.head.cache_of(self.cache, step), 1)
         return drafts
 

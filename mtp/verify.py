@@ -54,7 +54,7 @@ class Shared:
         return self._sampler(logprobs)
 
     def accept(self, drafts: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """drafts [k], k + 1 rows [1, V] -> how many stand [], tokens [k + 1].
+        """The first drafts made [k], k + 1 rows [1, V] -> how many stand [], tokens [k + 1].
 
         Of the tokens only those that stand and the one after them count.
         """
@@ -76,7 +76,7 @@ class Shared:
     def end(self, emitted: int) -> None:
         """`emitted` tokens came of the step: go on where plain decoding would be."""
         if self._noise:
-            mx.random.seed(_as_seed(self._states[emitted - 1]))
+            mx.random.seed(_as_seed(self._states[emitted - 1]) if emitted else self._start)
 
 
 class Residual:
@@ -98,7 +98,7 @@ class Residual:
 
     def accept(self, drafts: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
         p = mx.concatenate([self._distribution(row) for row in rows])
-        return accept(p, mx.concatenate(self._q), drafts)
+        return accept(p, mx.concatenate(self._q[: drafts.size]), drafts)
 
     def end(self, emitted: int) -> None:
         """The generator has no place to go back to."""

@@ -91,6 +91,7 @@ def generate(
         following = 0
         if depth:
             block = run.several(depth, rule, stop)
+        if block:
             chosen, rows = block.chosen, block.rows
         else:
             passed = queued or run.one(run.last)
@@ -105,7 +106,8 @@ def generate(
             timing.prompt_seconds += now - began
             began = now
         elif speculation:
-            speculation.record(depth, block.accepted if block else 0, now - step_began)
+            stood = block.accepted if block else 0
+            speculation.record(len(block.rows) - 1 if block else 0, stood, now - step_began)
         given = 0
         try:
             for given, (token, logprobs) in enumerate(zip(chosen, rows, strict=False), 1):
@@ -173,8 +175,8 @@ class _Run:
         mx.async_eval(self.last)
         return _Passed(self.last, logprobs)
 
-    def several(self, count: int, rule: Any, stop: frozenset[int]) -> Block:
-        """Put in the last token and `count` drafts."""
+    def several(self, count: int, rule: Any, stop: frozenset[int]) -> Block | None:
+        """Put in the last token and up to `count` drafts, or nothing where none is worth it."""
         assert self._speculation is not None
         self._base = self._timing.cached
         last = self.last.astype(mx.int32)

@@ -7,6 +7,7 @@ it; with depth 0 a step is plain decoding.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Speculation:
         self.drafter = Drafter(head, self.depth.deepest)
         self.counters = Counters()
         self._updates = updates(model)
+        self._drafting: list[float] = []  # seconds of the step's drafts
         watch(head.trunk.norm)
 
     def follow(self, cached: int) -> None:
@@ -82,10 +84,11 @@ class Speculation:
         flat: Any = tree_flatten([c.state for c in self.drafter.cache])
         return [array for _, array in flat if isinstance(array, mx.array)]
 
-    def record(self, depth: int, stood: int, seconds: float) -> None:
-        """A step at `depth` had `stood` drafts accepted and took `seconds`."""
-        self.counters.depths[depth] += 1
-        self.depth.record(depth, stood, seconds)
+    def record(self, verified: int, stood: int, seconds: float) -> None:
+        """A step took `seconds`: of the drafts `verified`, `stood` were accepted."""
+        self.counters.depths[verified] += 1
+        drafting, self._drafting = tuple(self._drafting), []
+        self.depth.record(verified, stood, seconds - sum(drafting), drafting)
 
     def plain(self, token: mx.array) -> None:
         """A pass over one row was built; token [1]: what it chose."""
@@ -99,18 +102,19 @@ class Speculation:
         rule: Rule,
         rows: Callable[[mx.array, mx.array], mx.array],
         stop: frozenset[int],
-    ) -> Block:
-        """Draft `count` tokens after `last` [1] and run one pass over them.
+    ) -> Block | None:
+        """Draft up to `count` tokens after `last` [1] and run one pass over them.
 
         rows(logits [1, V], inputs [T]): log probabilities [1, V] after this step's
         `inputs`, the first of them `last`. The block ends with the first in `stop`.
+        None where no draft was worth a row; nothing of the trunk has run then.
         """
         rule.begin()
-
-        def choose(logits: mx.array, before: Sequence[mx.array]) -> mx.array:
-            return rule.draft(rows(logits, mx.concatenate([last, *before])))
-
-        drafts = mx.concatenate([d.astype(last.dtype) for d in self.drafter.draft(count, choose)])
+        made = self._draft(last, count, rule, rows)
+        if not made:
+            rule.end(0)
+            return None
+        count, drafts = len(made), mx.concatenate(made)
         mx.async_eval(drafts)  # they are computed while the pass over them is built
         inputs = mx.concatenate([last, drafts])
         with Tape(self.model, cache, inputs[None], self._updates) as tape:
@@ -132,6 +136,38 @@ class Speculation:
         c.verify_passes += 1
         c.near_ties += int(ties[: end + 1].sum().item())  # type: ignore[arg-type]
         return Block(self, tape, rule, chosen[: end + 1], accepted, probable, hidden, tokens)
+
+    def _draft(
+        self,
+        last: mx.array,
+        count: int,
+        rule: Rule,
+        rows: Callable[[mx.array, mx.array], mx.array],
+    ) -> list[mx.array]:
+        """Up to `count` tokens [1] worth verifying."""
+        row = last
+
+        def choose(logits: mx.array, before: Sequence[mx.array]) -> mx.array:
+            nonlocal row
+            row = rows(logits, mx.concatenate([last, *before]))
+            return rule.draft(row).astype(last.dtype)
+
+        if isinstance(self.depth, Fixed):
+            self._drafting = []
+            return self.drafter.draft(count, choose)
+        depth, began = self.depth, time.perf_counter()
+
+        def goes_on(token: mx.array) -> tuple[bool, bool]:
+            nonlocal began
+            confidence = mx.exp(row.max())
+            mx.eval(token, confidence)
+            now = time.perf_counter()
+            self._drafting.append(now - began)
+            began = now
+            return depth.goes_on(confidence.item(), count)  # type: ignore[arg-type]
+
+        self._drafting = []
+        return self.drafter.draft(count, choose, goes_on)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 from drafting import Oracle
 from families import FAMILIES, HEADS, METAL_ONLY, make_head, make_tiny
@@ -39,8 +40,24 @@ class Turns:
         self._at += 1
         return min(self._depths[self._at % len(self._depths)], limit)
 
-    def record(self, depth: int, stood: int, seconds: float) -> None:
+    def goes_on(self, confidence: float, limit: int) -> tuple[bool, bool]:
+        return True, True
+
+    def record(self, *step: Any) -> None:
         pass
+
+
+class Gate(Turns):
+    """Drafts of which the head is more sure than by guessing; steps of both kinds come."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.confidences: list[float] = []
+
+    def goes_on(self, confidence: float, limit: int) -> tuple[bool, bool]:
+        self.confidences.append(confidence)
+        sure = confidence >= float(np.median(self.confidences))
+        return sure, sure
 
 
 def tokens_of(model: Any, count: int = 40, prompt: Sequence[int] = PROMPT, **options: Any) -> Any:
@@ -140,10 +157,13 @@ def test_a_seed_gives_the_tokens_of_plain_decoding(
         return tokens_of(tiny, speculation=speculation, **options)[0]
 
     expected = sample(None)
-    for depths in ((1,), (3,), (2, 0, 4)):
+    for depths in ((1,), (3,), (2, 0, 4), ()):
         speculation = drafting(tiny, expected, *depths)
+        if not depths:
+            speculation.depth = Gate()  # type: ignore[assignment]
         assert sample(speculation) == expected
         assert speculation.counters.accepted > 5
+    assert min(speculation.counters.depths[:2]) > 0, "with and without a draft worth verifying"
 
 
 def test_residual_sampling_decodes(tiny: Any, plain: list[int]) -> None:

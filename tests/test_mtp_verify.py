@@ -235,7 +235,23 @@ class Table(nn.Module):
         return cache
 
 
-def test_the_engines_tokens_are_distributed_as_the_trunks() -> None:
+class Sure:
+    """Verifies drafts that the head was sure of before it drew them."""
+
+    deepest = 3
+
+    def choose(self, limit: int) -> int:
+        return min(3, limit)
+
+    def goes_on(self, confidence: float, limit: int) -> tuple[bool, bool]:
+        return confidence > 0.4, confidence > 0.4
+
+    def record(self, *step: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_engines_tokens_are_distributed_as_the_trunks(gated: bool) -> None:
     rng = np.random.default_rng(3)
     trunk = rng.normal(size=(8, 8))
     model: Any = Table(trunk, trunk + rng.normal(size=trunk.shape))
@@ -248,6 +264,8 @@ def test_the_engines_tokens_are_distributed_as_the_trunks() -> None:
     )
     mx.random.seed(1)
     speculation = Speculation(model, model, 3)
+    if gated:
+        speculation.depth = Sure()  # type: ignore[assignment]
     steps = generate(
         model,
         [0, 1],
@@ -260,6 +278,7 @@ def test_the_engines_tokens_are_distributed_as_the_trunks() -> None:
     )
     tokens = np.array([step.token for step in steps])
     assert 0.3 < speculation.counters.accepted / speculation.counters.drafted < 0.9
+    assert not gated or min(speculation.counters.depths[:4]) > 100
     pairs = np.bincount(tokens[:-1] * 8 + tokens[1:], minlength=64).reshape(8, 8)
     expected = pairs.sum(axis=1, keepdims=True) * true.astype(np.float64)
     assert p_value(pairs.reshape(-1), expected.reshape(-1)) > 0.01
