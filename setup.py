@@ -17,13 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("kernels", "cpu")
-X86 = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
-    ],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86 = {"avx2": AVX2, "avx512": AVX512, "vnni": [*AVX512, "-mavx512vnni"]}
 
 
 def flags(source: str) -> list[str]:
@@ -34,9 +30,9 @@ def flags(source: str) -> list[str]:
         return [*common, "-DNDEBUG", "-w"]
     part, _, isa = Path(source).stem.partition("_")
     # steps_*: the compiler's own vectors, fused where the CPU can
-    common.append("-ffp-contract=fast" if part == "steps" else "-ffp-contract=off")
-    common.append("-w" if part in ("rows", "steps") else "-Wall")
-    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", "steps"):
+    common.append("-ffp-contract=fast" if part in ("steps", "codes") else "-ffp-contract=off")
+    common.append("-w" if part in ("rows", "steps", "codes") else "-Wall")
+    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", "steps", "codes"):
         common += X86.get(isa, [])
     return common
 

@@ -6,19 +6,25 @@ original and lets a `View` attend for itself. It does so once a process and chan
 other caches.
 
 Up to ROWS rows, the query is rotated once, scores come from codes (unpacked once for all rows and
-for all query heads of a key head, CHUNK tokens at a time), values are summed in the rotated space
-and rotated back once. Longer passes, a prompt's, decode this layer and use MLX's fused attention.
+for all query heads of a key head), values are summed in the rotated space and rotated back once:
+in float32 on the CPU by `kernels.codes`, otherwise in MLX, CHUNK tokens at a time, which is also
+the kernel's reference. Longer passes, a prompt's, decode this layer and use MLX's fused attention.
 Sums are in float32. The layout that a kernel reads is in README.md.
+
+    python -m tools.kv_speed --contexts 8192
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models import base
+
+from kernels import codes
 
 from .codec import Codes
 from .side import BLOCK, Side
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
 
 ROWS = 16  # a verify pass has at most as many
 CHUNK = 4096  # coded tokens unpacked at a time
+LOWEST = mx.finfo(mx.float32).min
 
 _original: Callable[..., mx.array] = base.scaled_dot_product_attention
 
@@ -84,7 +91,9 @@ class View:
             )
             self.cache.commit()
             return out
-        whole = _mask(mask, T, self.cache.offset)
+        if by_kernel(queries, keys, values, mask):
+            return attend_by_kernel(queries, keys, values, scale, mask, sinks, self.crossing)
+        whole = as_array(mask, T, self.cache.offset)
         if not self.crossing:
             return attend(queries, keys, values, scale, whole, sinks)
         c = self.crossing
@@ -103,7 +112,65 @@ class View:
         return mx.concatenate(parts, axis=2)
 
 
-def _mask(mask: mx.array | str | None, rows: int, columns: int) -> mx.array | None:
+def by_kernel(queries: mx.array, keys: Side, values: Side, mask: mx.array | str | None) -> bool:
+    """Whether `attend_by_kernel` takes these."""
+    shared = not isinstance(mask, mx.array) or mask.size == mask.shape[-1] * queries.shape[2]
+    raw = keys.recent is not None and values.recent is not None and keys.recent.dtype == mx.float32
+    return shared and raw and bool(keys.bits and values.bits) and codes.available(queries.dtype)
+
+
+def attend_by_kernel(
+    queries: mx.array,
+    keys: Side,
+    values: Side,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+    crossing: int,
+) -> mx.array:
+    """As `View.attend`, by kernels.codes: rows from `crossing` on, if not 0, read a block ahead."""
+    B, heads, T, D = queries.shape
+    k, v = as_kernel_side(keys, crossing), as_kernel_side(values, crossing)
+    q = (queries * scale).reshape(B, k.recent.shape[1], -1, D)
+    bias = None
+    if isinstance(mask, mx.array):
+        bias = mask.reshape(T, -1)
+        bias = mx.where(bias, 0.0, LOWEST) if bias.dtype == mx.bool_ else bias.astype(mx.float32)
+    y, rest = codes.attend(
+        q,
+        keys.codec.rotation.forward(q),
+        k,
+        v,
+        rows=T,
+        coded=keys.coded,
+        crossing=crossing,
+        causal=isinstance(mask, str),
+        bias=bias,
+        sinks=None if sinks is None else sinks.astype(mx.float32),
+    )
+    return (values.codec.rotation.back(y) + rest).reshape(B, heads, T, -1)
+
+
+def as_kernel_side(side: Side, crossing: int) -> codes.CodedSide:
+    """`side` as the kernel takes it."""
+    assert side.recent is not None
+    B, H, _, D = side.recent.shape
+    first = side.recent[:, :, :0] if side.first is None else side.first
+    coded = none = _no_codes(B, H, side.codec.layout.words)
+    if side.words is not None and side.scales is not None:
+        coded = Codes(side.words, side.scales)
+    ahead = side.ahead(BLOCK) if crossing else none
+    mean = side.centre() if side.coded or crossing else mx.zeros((B, H, 1, D))
+    return codes.CodedSide(first, side.recent, *coded, *ahead, side.codec.points, mean)
+
+
+@lru_cache
+def _no_codes(B: int, H: int, words: int) -> Codes:
+    """Codes of no tokens."""
+    return Codes(mx.zeros((B, H, 0, words), mx.uint32), mx.zeros((B, H, 0, 1), mx.float16))
+
+
+def as_array(mask: mx.array | str | None, rows: int, columns: int) -> mx.array | None:
     """As an array [..., rows, columns], bool or added to the scores."""
     if not isinstance(mask, str):
         return mask
@@ -133,7 +200,7 @@ def attend(
     scores = scores.reshape(B, heads, T, S)
     if mask is not None:
         if mask.dtype == mx.bool_:
-            scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
+            scores = mx.where(mask, scores, LOWEST)
         else:
             scores = scores + mask.astype(mx.float32)
     if sinks is not None:
@@ -154,9 +221,9 @@ def _scores(q: mx.array, side: Side, ahead: int) -> list[mx.array]:
     if side.coded or ahead:
         rotated = side.codec.rotation.forward(q)
         lift = q @ side.centre().swapaxes(-1, -2)  # raw columns are not centred
-        for codes in _coded(side, ahead):
-            s = rotated @ side.codec.units(codes.words).swapaxes(-1, -2)
-            parts.append(s * codes.scales.astype(mx.float32).swapaxes(-1, -2) + lift)
+        for part in _coded(side, ahead):
+            s = rotated @ side.codec.units(part.words).swapaxes(-1, -2)
+            parts.append(s * part.scales.astype(mx.float32).swapaxes(-1, -2) + lift)
     if side.recent is not None and side.recent_length:
         parts.append(q @ side.recent[..., ahead:, :].astype(mx.float32).swapaxes(-1, -2))
     return parts
@@ -171,10 +238,10 @@ def _weighted(p: mx.array, side: Side, ahead: int) -> mx.array:
     if side.coded or ahead:
         start = at
         sums = []
-        for codes in _coded(side, ahead):
-            end = at + codes.words.shape[2]
-            w = p[..., at:end] * codes.scales.astype(mx.float32).swapaxes(-1, -2)
-            sums.append(w @ side.codec.units(codes.words))
+        for part in _coded(side, ahead):
+            end = at + part.words.shape[2]
+            w = p[..., at:end] * part.scales.astype(mx.float32).swapaxes(-1, -2)
+            sums.append(w @ side.codec.units(part.words))
             at = end
         mass = mx.sum(p[..., start:at], axis=-1, keepdims=True)
         parts.append(side.codec.rotation.back(sum(sums[1:], sums[0])) + mass * side.centre())

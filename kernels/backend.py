@@ -58,7 +58,7 @@ def available() -> bool:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, neon, portable, or mlx for the fallbacks."""
+    """The instruction set in use: one of `native.isas()`, or mlx for the fallbacks."""
     module = native()
     return module.isa() if module is not None and available() else "mlx"
 

@@ -9,7 +9,6 @@ expert that is absent and gives zeros. fp32 sums, as in kernels.linear; inferenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,8 +16,6 @@ import mlx.nn as nn
 
 from . import backend
 from .linear import supports
-
-Activation = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -146,40 +143,3 @@ def gather_swiglu(x: mx.array, slots: mx.array, gate: Stack, up: Stack, down: St
         mode=gate.mode,
     )
     return y.reshape(*slots.shape, y.shape[-1]).astype(x.dtype)
-
-
-def is_swiglu(activation: Activation) -> bool:
-    """Whether activation(up, gate) is silu(gate) * up: found out by trying, clamps included."""
-    gate = mx.linspace(-30, 30, 61)
-    up = mx.linspace(25, -25, 61)
-    try:
-        tried = activation(up, gate)
-    except (TypeError, ValueError):
-        return False
-    return bool(mx.allclose(tried, nn.silu(gate) * up, rtol=1e-5, atol=1e-6))
-
-
-class Switch(nn.Module):
-    """mlx-lm's contract, switch(x, indices [..., k]) -> [..., k, D], on these kernels.
-
-    Takes the place of a SwitchGLU (gate_proj, up_proj, down_proj) or a SwitchMLP (fc1, fc2): same
-    layers, same activation. Indices of -1 give zeros.
-    """
-
-    def __init__(self, switch: nn.Module):
-        super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj", "fc1", "fc2"):
-            if name in switch:
-                self[name] = switch[name]
-        self.activation = switch.activation
-        self._fused = "gate_proj" in self and is_swiglu(self.activation)
-
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        if "fc1" in self:
-            hidden = self.activation(gather_linear(x, indices, Stack.of(self["fc1"])))
-            return gather_linear(hidden, indices, Stack.of(self["fc2"]))
-        gate, up, down = (Stack.of(self[f"{name}_proj"]) for name in ("gate", "up", "down"))
-        if self._fused:
-            return gather_swiglu(x, indices, gate, up, down)
-        hidden = self.activation(gather_linear(x, indices, up), gather_linear(x, indices, gate))
-        return gather_linear(hidden, indices, down)

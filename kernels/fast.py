@@ -5,68 +5,79 @@
 
 Each takes over for float32 on the CPU where the extension has a kernel of that
 shape, and hands everything else to the function it replaces, which is also its
-reference. A row's result does not depend on how many rows come with it.
+reference. A row's result does not depend on how many rows come with it. Whole
+layers of mlx-lm's, in fewer operations, are put in with them: see `kernels.blocks`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 
-from kernels import backend
+from kernels import backend, blocks
+from kernels.blocks import KEY_WIDTHS, float32, form_of
 
 # What is replaced: (where, name). Looked up by MLX's layers and mlx-lm's models at each call.
 _PLACES: tuple[tuple[Any, str], ...] = (
     (mx, "quantized_matmul"),
     (mx, "gather_qmm"),
+    (mx, "dequantize"),
     (mx, "conv1d"),
     (mx.fast, "rms_norm"),
+    (mx.fast, "rope"),
     (mx.fast, "scaled_dot_product_attention"),
     (gated_delta, "gated_delta_ops"),
 )
 _mlx: dict[str, Callable[..., Any]] = {name: getattr(place, name) for place, name in _PLACES}
-_KEY_WIDTHS = frozenset({16, 32, 64, 96, 128, 192, 256})  # of gated delta rules
-_BITS = frozenset({2, 3, 4, 5, 6, 8})
-_GROUPS = frozenset({32, 64, 128})
+_replaced: list[tuple[Any, str, Any]] = []  # (where, name, what was there), in order
 
 
 def install() -> bool:
-    """Put the replacements in place for this process; False where there are none."""
+    """Put the replacements in place for this process; False where there are none.
+
+    Call it once the model's modules are loaded; again, it takes in those loaded since.
+    """
     if not backend.available():
         return False
-    for place, name in _PLACES:
-        setattr(place, name, globals()[name])
+    wanted = [(place, name, globals()[name]) for place, name in _PLACES]
+    for place, name, function in [*wanted, *blocks.places()]:
+        before = vars(place)[name]
+        if before is not function:
+            _replaced.append((place, name, before))
+            setattr(place, name, function)
     return True
 
 
 def uninstall() -> None:
-    """Put MLX's own functions back."""
-    for place, name in _PLACES:
-        setattr(place, name, _mlx[name])
+    """Put back what was there."""
+    _restore(0)
+
+
+def _restore(count: int) -> None:
+    while len(_replaced) > count:
+        place, name, function = _replaced.pop()
+        setattr(place, name, function)
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[bool]:
     """`install()` for the length of a block, unless it was installed before."""
-    before = [getattr(place, name) for place, name in _PLACES]
+    before = len(_replaced)
     try:
         yield install()
     finally:
-        for (place, name), function in zip(_PLACES, before, strict=True):
-            setattr(place, name, function)
+        _restore(before)
 
 
 def keeps_one_state(key_width: int) -> bool:
     """Whether a gated delta net with keys this wide runs without a state for every row."""
-    return backend.available() and key_width in _KEY_WIDTHS
-
-
-def _float32(*arrays: mx.array | None) -> bool:
-    return all(a is None or a.dtype == mx.float32 for a in arrays)
+    return backend.available() and key_width in KEY_WIDTHS
 
 
 def quantized_matmul(
@@ -87,7 +98,7 @@ def quantized_matmul(
         and x.dtype == mx.float32
         and w.ndim == 2
         and not options
-        and (form := _form(mode, group_size, bits))
+        and (form := form_of(mode, group_size, bits))
     ):
         return backend.native().linear(  # type: ignore[union-attr]
             x, w, scales, biases, group_size=form[0], bits=form[1], mode=mode
@@ -105,12 +116,26 @@ def quantized_matmul(
     )
 
 
-def _form(mode: str, group_size: int | None, bits: int | None) -> tuple[int, int] | None:
-    """(group size, bits) where the kernels know the layout."""
-    if mode == "mxfp4":
-        return (32, 4)
-    form = (group_size or 64, bits or 4)
-    return form if mode == "affine" and form[0] in _GROUPS and form[1] in _BITS else None
+def dequantize(
+    w: mx.array,
+    /,
+    scales: mx.array,
+    biases: mx.array | None = None,
+    group_size: int | None = None,
+    bits: int | None = None,
+    mode: str = "affine",
+    **options: Any,
+) -> mx.array:
+    """Affine weights [..., K * bits / 32] with scales and biases in float32: [..., K]."""
+    form = form_of(mode, group_size, bits)
+    plain = biases is not None and not any(option is not None for option in options.values())
+    if form and mode == "affine" and plain and w.size and float32(scales, biases):
+        return backend.native().dequantize(  # type: ignore[union-attr]
+            w, scales, biases, group_size=form[0], bits=form[1]
+        )
+    return _mlx["dequantize"](
+        w, scales, biases, group_size=group_size, bits=bits, mode=mode, **options
+    )
 
 
 def conv1d(
@@ -126,16 +151,48 @@ def conv1d(
     """x [B, L, C], weight [C, taps, C / groups]; the kernel takes depthwise ones."""
     depthwise = groups == x.shape[-1] == weight.shape[0] and weight.shape[-1] == 1
     plain = (stride, padding, dilation) == (1, 0, 1) and not options
-    if depthwise and plain and x.shape[1] >= weight.shape[1] and _float32(x, weight):
+    if depthwise and plain and x.shape[1] >= weight.shape[1] and float32(x, weight):
         return backend.native().depthwise_conv(x, weight)  # type: ignore[union-attr]
     return _mlx["conv1d"](x, weight, stride, padding, dilation, groups, **options)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
     """x [..., n] * weight / sqrt(mean(x^2) + eps)."""
-    if x.ndim and x.size and not options and _float32(x, weight):
+    if x.ndim and x.size and not options and float32(x, weight):
         return backend.native().rms_norm(x, weight, eps=eps)  # type: ignore[union-attr]
     return _mlx["rms_norm"](x, weight, eps, **options)
+
+
+def rope(
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | mx.array,
+    freqs: mx.array | None = None,
+    **options: Any,
+) -> mx.array:
+    """x [..., L, D] with its first `dims` rotated by positions offset, offset + 1..."""
+    if isinstance(offset, int) and not options and x.size and float32(x, freqs):
+        inverse = _frequencies(dims, base) if freqs is None else mx.reciprocal(freqs)
+        return backend.native().rope(  # type: ignore[union-attr]
+            x, inverse, traditional=traditional, scale=scale, offset=offset
+        )
+    return _mlx["rope"](
+        x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs,
+        **options,
+    )  # fmt: skip
+
+
+@cache
+def _frequencies(dims: int, base: float | None) -> mx.array:
+    """Angles per position [dims / 2], rounded as MLX rounds them."""
+    half = dims // 2
+    frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(base or 1) / half))
+    mx.eval(frequencies)
+    return frequencies
 
 
 def scaled_dot_product_attention(
@@ -152,7 +209,7 @@ def scaled_dot_product_attention(
     causal = isinstance(mask, str)
     array = mask if isinstance(mask, mx.array) else None
     shared = array is None or array.size == q.shape[2] * k.shape[2]
-    if shared and not options and _float32(q, k, v, sinks) and q.shape[2] <= k.shape[2]:
+    if shared and not options and float32(q, k, v, sinks) and q.shape[2] <= k.shape[2]:
         bias = None
         if array is not None:
             bias = array.reshape(q.shape[2], k.shape[2])
@@ -178,8 +235,8 @@ def gated_delta_ops(
     """mlx-lm's gated delta rule: (y [B, T, Hv, Dv], state [B, Hv, Dv, Dk])."""
     if state is None:
         state = mx.zeros((v.shape[0], *v.shape[2:], q.shape[-1]))
-    known = mask is None and q.shape[-1] in _KEY_WIDTHS
-    if known and _float32(q, k, v, g, beta, state):
+    known = mask is None and q.shape[-1] in KEY_WIDTHS
+    if known and float32(q, k, v, g, beta, state):
         y, state, _ = backend.native().gated_delta(q, k, v, g, beta, state)  # type: ignore[union-attr]
         return y, state
     return _mlx["gated_delta_ops"](q, k, v, g, beta, state, mask)
@@ -200,7 +257,7 @@ def gather_qmm(
     **options: Any,
 ) -> mx.array:
     """x [..., k or 1, 1, K] times w[rhs_indices [..., k]], w [S, N, K]: [..., k, 1, N]."""
-    form = _form(mode, group_size, bits)
+    form = form_of(mode, group_size, bits)
     if (
         form
         and transpose

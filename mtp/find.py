@@ -27,6 +27,7 @@ from .head import Head, trunk_of
 # less 1, 0.87 to 1.28 as they multiply. Others overlap: mtp.norm is 1.25 to 2.58 less 1, and the
 # norms before mtp.fc multiply by 0.27 (MTPLX #301, omlx #3750).
 CENTRED_BELOW = 0.62
+TEXT_TYPES = {"gemma4": "gemma4_text"}  # mlx-lm's file of the text model alone
 GOOD_BITS = 8  # an int4 head had 4% of its drafts accepted where an int8 head had 59% (colibri)
 _TELLING = re.compile(r"blocks\.\d+\.(input_layernorm|post_attention_layernorm)\.weight$")
 _UNIT = re.compile(r"units\.(\d+)\.(.+)")
@@ -40,7 +41,8 @@ def text_config(config: Config) -> Config:
     """The text model's part of a configuration, its type as mlx-lm calls it."""
     kind = config["model_type"]
     inner = config.get("text_config") or config
-    return {**inner, "model_type": MODEL_REMAPPING.get(kind, kind)}
+    kind = MODEL_REMAPPING.get(kind, kind)
+    return {**inner, "model_type": TEXT_TYPES.get(kind, kind)}
 
 
 def family_of(config: Config) -> Family | None:
@@ -101,18 +103,18 @@ def _assemble(
     model: nn.Module, family: Family, text: Config, parts: dict[int, Weights]
 ) -> tuple[Head, Weights]:
     """The head, its parameters still mlx's own, and its weights in mlx-lm's form."""
-    trunk, units = trunk_of(model), []
+    trunk = trunk_of(model)
+    units: list[Any] = []
     packed: Weights = {}
     for i, weights in sorted(parts.items()):
-        names = set(weights)
         try:
-            stub = family.stub(text, i, names)
-            units.append(family.unit(stub, text, trunk, names))
+            stub = family.stub(text, i, weights)
+            units.append(family.unit(stub, text, trunk, weights))
             clean = family.sanitize(stub, weights)
         except Exception as error:  # a model file may stumble over a head anywhere
             raise HeadError(f"the MTP head does not load: {_line(error)}") from error
         packed |= {f"units.{i}.{name}": array for name, array in clean.items()}
-    return Head(trunk, units, family.hidden), packed
+    return family.head(trunk, units), packed
 
 
 def _zero_centred(family: Family, config: Config, weights: Weights) -> bool:

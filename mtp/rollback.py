@@ -111,6 +111,11 @@ class Tape:
         self._current = None
         _patching.release()
 
+    def restart(self, cache: Any) -> None:
+        """Forget what a layer did to this cache of states; it runs again."""
+        state = self._states[id(cache)]
+        state.written, state.windows, state.updates = {}, [], []
+
     def check(self) -> None:
         """Raises RollbackError when a cache could not be cut after the pass."""
         for state in self._states.values():
@@ -265,6 +270,13 @@ class _Taped(ArraysCache):
     def __setitem__(self, slot: int, value: mx.array) -> None:
         self.__dict__["_touch"](self, slot, value)
         self.cache[slot] = value
+
+
+def forget(cache: Any) -> None:
+    """The layer of this cache runs a second time: a tape is to hold that run alone."""
+    touch = vars(cache).get("_touch")
+    if touch is not None:
+        touch.__self__.restart(cache)
 
 
 def leaves(cache: Iterable[Any]) -> Iterable[Any]:

@@ -22,11 +22,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .ahead import ReadAhead, Reading
+from .counters import Counters
 from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
+from .pairs import Pairs
 from .pool import SlotPool
 from .slots import SlotArrays
-from .store import Store, Ticket
+from .store import Store
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 SCRATCH_BATCH = 16  # experts read ahead at once in prefill
@@ -35,32 +38,14 @@ MAX_UNREAD = 256  # calls of covered layers whose choices wait to be counted
 MAX_PAIRS = 4096  # pairs computed at once, which bounds prefill's transients
 
 
-@dataclass
-class Counters:
-    """What the experts cost so far. Hits and misses count a layer's distinct experts."""
+@dataclass(frozen=True)
+class Note:
+    """A call in a rehearsal: lazy indices [..., k] of a layer, and its output."""
 
-    hits: int = 0
-    misses: int = 0
-    bytes_wanted: int = 0
-    io_wait_seconds: float = 0.0
-    syncs: int = 0
-
-
-class Reading:
-    """Experts on their way into slots."""
-
-    def __init__(self, ticket: Ticket, finish: Sequence[Callable[[], None]]):
-        self._ticket, self._finish = ticket, finish
-
-    @property
-    def done(self) -> bool:
-        return self._ticket.done
-
-    def wait(self) -> None:
-        """Block until every byte is in place. Raises StreamerError on a failed read."""
-        self._ticket.wait()
-        for widen in self._finish:
-            widen()
+    run: Executor
+    layer: int
+    indices: mx.array
+    y: mx.array
 
 
 class Executor:
@@ -82,6 +67,9 @@ class Executor:
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self._readings: list[Reading] = []
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
+        self.ahead = ReadAhead(self.pool)
+        self._landed: set[tuple[int, int]] = set()  # read ahead for this pass, not asked for yet
+        self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
 
     def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         """x [..., D], indices [..., k] -> [..., k, D]; `inner` is bound to the pool.
@@ -95,43 +83,128 @@ class Executor:
             raise
 
     def _run(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        if self.note is not None:
+            y = self._rehearse(layer, inner, x, indices)
+            self.note(Note(self, layer, indices, y))
+            return y
         if self.pool.covers(layer):
             return self._covered(layer, inner, x, indices)
         ids = np.array(indices)
         self.counters.syncs += 1
         self._settle()
         need = np.unique(ids)
+        decodes = ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots
+        if held := self.ahead.held:
+            self._tables.clear()
+            if decodes and len(need) <= self.pool.slots - held:
+                self.ahead.reclaim()
+            else:
+                self.ahead.drop(wait=True)
         resident = self.pool.slot_of[layer][need] >= 0
         hits, misses = need[resident], need[~resident]
-        self.counters.hits += len(hits)
+        self._count(layer, hits)
         self.counters.misses += len(misses)
         if not len(misses):
             self.pool.touch(layer, hits)
             return self._track(inner(x, self._slots(layer, ids)))
         self.counters.bytes_wanted += len(misses) * stored_bytes(self.arrays.format)
-        if ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots:
+        if decodes:
             return self._decode(layer, inner, x, ids, hits, misses)
         return self._prefill(layer, inner, x, ids, hits, misses)
 
     def _covered(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         """mlx-lm's own path, no read-back: the slot table lives on the device."""
-        if layer not in self._tables:
-            self._tables[layer] = mx.array(self.pool.slot_of[layer])
-        y = inner(x, self._tables[layer][indices])
+        y = inner(x, self._table(layer)[indices])
         self._unread.append((layer, indices))
         if len(self._unread) > MAX_UNREAD:
             self._settle()
         return self._track(y)
 
-    def load(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> Reading:
-        """Start reading `experts` into `slots`, which nothing reads any more."""
+    def _rehearse(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+        slots = self._table(layer)[indices]
+        if self.pool.covers(layer):
+            return inner(x, slots)
+        y = inner(x, mx.maximum(slots, 0))
+        # not a product with zero: what lies in slot 0 may be no number
+        return mx.where((slots >= 0)[..., None], y, mx.zeros((), dtype=y.dtype))
+
+    def _table(self, layer: int) -> mx.array:
+        if layer not in self._tables:
+            self._tables[layer] = mx.array(self.pool.slot_of[layer])
+        return self._tables[layer]
+
+    def takes(self, pairs: int) -> bool:
+        """Whether a pass with so many choices in a layer can be rehearsed."""
+        return pairs <= min(DECODE_PAIRS, self.pool.slots)
+
+    def named(self, note: Note) -> tuple[np.ndarray, np.ndarray]:
+        """(resident, absent) experts of an evaluated note."""
+        need = np.unique(np.array(note.indices))
+        resident = self.pool.slot_of[note.layer][need] >= 0
+        return need[resident], need[~resident]
+
+    def settled(self, note: Note, hits: np.ndarray) -> None:
+        """A rehearsed call was the true one."""
+        self._count(note.layer, hits)
+        self.pool.touch(note.layer, hits)
+        self._track(note.y)
+
+    def _count(self, layer: int, hits: np.ndarray) -> None:
+        """Resident experts are needed; those that had to be read for this pass are misses."""
+        read = self._landed and {(layer, e) for e in hits.tolist()} & self._landed
+        if read:
+            self._landed -= read
+            self.counters.misses += len(read)
+            self.counters.prefetch_used += len(read)
+            self.counters.bytes_wanted += len(read) * stored_bytes(self.arrays.format)
+        self.counters.hits += len(hits) - len(read or ())
+
+    def land(self) -> None:
+        """Wait for what is read ahead: it is resident from now on."""
+        began = time.perf_counter()
+        self._landed |= set(self.ahead.land())
+        self._tables.clear()
+        self.counters.io_wait_seconds += time.perf_counter() - began
+
+    def release(self) -> None:
+        """The pass is over: what is still read ahead is not needed."""
+        for layer, expert in self._landed:
+            if self.pool.slot_of[layer][expert] >= 0:
+                self.pool.unused(layer, expert)
+        self._landed.clear()
+        if self.ahead.held:
+            self._tables.clear()
+            self.ahead.drop()
+
+    def prefetch(self, layer: int, experts: np.ndarray, distance: int, room: int) -> None:
+        """Read up to `room` absent experts for a layer `distance` on; 0: it is the next to run."""
+        self._settle()
+        new = [e for e in experts[:room].tolist() if not self.ahead.reads(layer, e)]
+        for wave in self._waves(np.array(new, dtype=int)) if new else ():
+            slots = self.pool.take(len(wave))
+            reading = self.load(layer, wave.tolist(), slots, guess=distance or None)
+            self.ahead.add(layer, wave.tolist(), slots, reading)
+        self._tables.clear()
+        self.counters.prefetched += len(new)
+
+    def load(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        slots: Sequence[int],
+        guess: float | None = None,
+    ) -> Reading:
+        """Start reading `experts` into `slots`, which nothing reads any more.
+
+        guess: see `Store.read`.
+        """
         pieces, finish = [], []
         for expert, slot in zip(experts, slots, strict=True):
             more, after = self.arrays.pieces(self.layers[layer], int(expert), slot)
             pieces += more
             finish += after
         self._readings = [r for r in self._readings if not r.done]
-        reading = Reading(self._store.read(pieces), finish)
+        reading = Reading(self._store.read(pieces, guess), finish)
         self._readings.append(reading)
         return reading
 
@@ -145,6 +218,8 @@ class Executor:
         self._unread.clear()
         self._tables.clear()
         self.pool = SlotPool(self.pool.slots, [layer.count for layer in self.layers])
+        self.ahead = ReadAhead(self.pool)
+        self._landed.clear()
 
     def fill(self, progress: Callable[[int, int], None]) -> list[nn.Module]:
         """Read everything into an empty pool that holds it all; progress(bytes done, in all).
@@ -173,27 +248,36 @@ class Executor:
     ) -> mx.array:
         self.pool.touch(layer, hits)
         self._tables.clear()
-        keep = (layer, frozenset(hits.tolist()))
-        waves, readings = self._waves(misses), []
-        for wave in waves:
+        parts = self.ahead.arriving(layer, misses)
+        early = np.concatenate([misses[:0], *(experts for experts, _ in parts)])
+        self.counters.prefetch_used += len(early)
+        keep = (layer, frozenset([*hits.tolist(), *early.tolist()]))
+        for wave in self._waves(np.setdiff1d(misses, early)):
             slots = self.pool.take(len(wave), keep)
-            readings.append(self.load(layer, wave.tolist(), slots))
+            parts.append((wave, self.load(layer, wave.tolist(), slots)))
             for expert, slot in zip(wave.tolist(), slots, strict=True):
                 self.pool.place(layer, expert, slot)
-        table = self.pool.slot_of[layer]
-        if not len(hits) and len(waves) == 1:
-            self._wait(readings[0])
+        there, coming = [hits], []
+        for experts, reading in parts:
+            if reading.done:
+                self._wait(reading)
+                there.append(experts)
+            else:
+                coming.append((experts, reading))
+        ready = np.concatenate(there)
+        if not len(ready) and len(coming) == 1:
+            self._wait(coming.pop()[1])
+        if not coming:
             return self._track(inner(x, self._slots(layer, ids)))
-        pairs, flat = _Pairs(x, ids), ids.reshape(-1)
-        order = [np.flatnonzero(np.isin(flat, part)) for part in (hits, *waves)]
-        outputs = []
-        if len(hits):
-            outputs.append(pairs.run(inner, table, order[0]))
-            mx.async_eval(outputs)
-        for reading, part in zip(readings, order[1:], strict=True):
-            self._wait(reading)
-            outputs.append(pairs.run(inner, table, part))
-            mx.async_eval(outputs[-1])
+        table, flat = self.pool.slot_of[layer], ids.reshape(-1)
+        pairs, outputs, order = Pairs(x, ids), [], []
+        for experts, arrives in [(ready, None), *coming]:
+            if arrives is not None:
+                self._wait(arrives)
+            if len(experts):
+                order.append(np.flatnonzero(np.isin(flat, experts)))
+                outputs.append(pairs.run(inner, table, order[-1]))
+                mx.async_eval(outputs[-1])
         return self._track(pairs.join(outputs, np.concatenate(order)))
 
     def _waves(self, misses: np.ndarray) -> list[np.ndarray]:
@@ -215,7 +299,7 @@ class Executor:
     ) -> mx.array:
         self._tables.clear()
         flat = ids.reshape(-1)
-        pairs = _Pairs(x, ids)
+        pairs = Pairs(x, ids)
         table = self.pool.slot_of[layer].copy()
         outputs: list[mx.array] = []
         order: list[np.ndarray] = []
@@ -307,24 +391,3 @@ class Executor:
             self.counters.hits += len(experts)
             self.pool.touch(layer, experts)
         self._unread.clear()
-
-
-class _Pairs:
-    """The (row, choice) pairs of a call, computed in any grouping and put back."""
-
-    def __init__(self, x: mx.array, ids: np.ndarray):
-        self._x = x.reshape(-1, x.shape[-1])
-        self._ids = ids.reshape(-1)
-        self._k = ids.shape[-1]
-        self._shape = (*ids.shape, -1)
-
-    def run(self, inner: nn.Module, table: np.ndarray, pairs: np.ndarray) -> mx.array:
-        """Outputs [len(pairs), D] of the pairs, whose experts lie in table[expert]."""
-        x = self._x[mx.array(pairs // self._k)]
-        return inner(x, mx.array(table[self._ids[pairs]])[:, None])[:, 0]
-
-    def join(self, outputs: list[mx.array], order: np.ndarray) -> mx.array:
-        """[..., k, D] from outputs that stand in `order`."""
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return mx.concatenate(outputs)[mx.array(back)].reshape(self._shape)

@@ -11,7 +11,7 @@ counters, reads, `close()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +24,15 @@ from mlx_lm.utils import load_tokenizer
 from kernels import fast
 
 from .budget import Budget, divide, with_slots
+from .counters import Counters
 from .errors import BudgetError, CheckpointError, UsageError
-from .executor import Counters, Executor
+from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size, return_freed_memory
 from .hub import resolve
 from .opened import Opened, open_model
 from .probe import choose_backend
+from .rehearse import Choice, Rehearsal, decoder_layers
 from .store import Backend, Store
 from .trunk import load_trunk
 
@@ -101,8 +103,8 @@ class Streamer:
             "misses": counters.misses,
             "bytes_read": self.store.counters.bytes_read if self.store else 0,
             "reads": self.store.counters.reads if self.store else 0,
-            "prefetch_issued": 0,
-            "prefetch_used": 0,
+            "prefetch_issued": counters.prefetched,
+            "prefetch_used": counters.prefetch_used,
             "io_wait_seconds": counters.io_wait_seconds,
         }
 
@@ -120,6 +122,7 @@ def load(
     io: str = "auto",
     dtype: str = "auto",
     mtp: bool = False,
+    executor: Choice = "layerwise",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint folder or repository so that the process stays within `memory`.
@@ -127,7 +130,8 @@ def load(
     memory: bytes, '8GB', 'N%' (that share of the experts), 'min', or None for
     what the machine can spare. context: tokens that the KV cache is planned for.
     io: auto, mmap, pread or direct. dtype: auto, stored or float32. mtp: with the MTP
-    head, where there is one, for `streamer.stream_generate` to draft with.
+    head, where there is one, for `streamer.stream_generate` to draft with. executor:
+    layerwise, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
     Raises a StreamerError whose text is one line.
     """
     path = resolve(str(model))
@@ -135,7 +139,8 @@ def load(
     tokenizer = open_tokenizer(opened)
     spare = default_budget()[0] if memory is None else None
     budget = divide(opened, memory, context, spare=spare)
-    return attach(opened, budget, io, progress or (lambda *_: None)), tokenizer
+    said = progress or (lambda *_: None)
+    return attach(opened, budget, io, said, executor=executor), tokenizer
 
 
 def open_tokenizer(opened: Opened) -> TokenizerWrapper:
@@ -150,8 +155,19 @@ def open_tokenizer(opened: Opened) -> TokenizerWrapper:
     return tokenizer
 
 
-def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Module:
-    """Read the trunk, make the pools, swap the switches; the model is ready to call."""
+def attach(
+    opened: Opened,
+    budget: Budget,
+    io: str,
+    progress: Progress,
+    *,
+    executor: Choice = "layerwise",
+    throttle: float | None = None,
+) -> nn.Module:
+    """Read the trunk, make the pools, swap the switches; the model is ready to call.
+
+    throttle: see `streamer.store.Store`.
+    """
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
             f"{opened.name} has no routed experts to page and needs "
@@ -160,7 +176,7 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     fast.install()
     return_freed_memory()
     mx.set_cache_limit(budget.workspace // 6)
-    store, chosen = _open_store(opened, budget, io)
+    store, chosen = _open_store(opened, budget, io, throttle)
     streamer = Streamer(opened, budget, store, chosen)
     model = opened.model
     done = 0
@@ -173,12 +189,16 @@ def attach(opened: Opened, budget: Budget, io: str, progress: Progress) -> nn.Mo
     load_trunk(opened, trunk_progress)
     if store is not None:
         _swap(streamer, opened, budget, store)
-    for executor in streamer.executors:
-        if executor.pool.slots >= executor.pool.total:
-            switches = executor.fill(lambda n, total: progress("experts", n, total))
-            paths = [layer.path for layer in executor.layers]
+    for run in streamer.executors:
+        if run.pool.slots >= run.pool.total:
+            switches = run.fill(lambda n, total: progress("experts", n, total))
+            paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
     model.streamer = streamer
+    if executor != "layerwise" and opened.layers and not streamer.resident:
+        found = decoder_layers(model, [layer.path for layer in opened.trunk_layers])
+        if found is not None:
+            Rehearsal(model, found, streamer.executors, opened.top_k, executor)
     return model
 
 
@@ -189,6 +209,8 @@ def load_streamed(
     io: str = "pread",
     dtype: str = "stored",
     mtp: bool = False,
+    executor: Choice = "layerwise",
+    throttle: float | None = None,
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
 
@@ -196,12 +218,17 @@ def load_streamed(
     """
     opened = open_model(path, dtype, mtp=mtp)
     budget = divide(opened, 1 << 60, 4096)
-    counts = {fmt: sum(x.count for x in layers) for fmt, layers in opened.groups.items()}
+    counts = tuple(sum(x.count for x in layers) for layers in opened.groups.values())
     if slots is not None:
-        share = slots / max(1, opened.experts)
-        counts = {f: max(opened.top_k, min(n, int(n * share))) for f, n in counts.items()}
-    pool = sum(n * held_bytes(fmt) for fmt, n in counts.items())
-    return attach(opened, with_slots(budget, tuple(counts.values()), pool), io, lambda *_: None)
+        counts = spread(counts, slots / max(1, opened.experts), opened.top_k)
+    pool = sum(n * held_bytes(fmt) for fmt, n in zip(opened.groups, counts, strict=True))
+    limited = with_slots(budget, counts, pool)
+    return attach(opened, limited, io, lambda *_: None, executor=executor, throttle=throttle)
+
+
+def spread(counts: Sequence[int], share: float, top_k: int) -> tuple[int, ...]:
+    """Slots of each pool that holds `share` of its `counts` experts, enough for a row."""
+    return tuple(max(top_k, min(n, int(n * share))) for n in counts)
 
 
 def expert_count(path: Path) -> int:
@@ -214,16 +241,19 @@ def expert_bytes(opened: Opened) -> int:
     return max((stored_bytes(fmt) for fmt in opened.groups), default=0)
 
 
-def _open_store(opened: Opened, budget: Budget, io: str) -> tuple[Store | None, str]:
+def _open_store(
+    opened: Opened, budget: Budget, io: str, throttle: float | None
+) -> tuple[Store | None, str]:
     if io not in ("auto", "mmap", "pread", "direct"):
         raise UsageError(f"--io must be auto, mmap, pread or direct, not {io!r}")
     if not opened.layers:
         return None, "none"
     files = opened.files
     if io != "auto":
-        return Store(files, backend=cast(Backend, io)), io
+        return Store(files, backend=cast(Backend, io), throttle=throttle), io
     choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))
-    return Store(files, backend=choice.backend, drop_behind=choice.drop_behind), choice.backend
+    store = Store(files, backend=choice.backend, drop_behind=choice.drop_behind, throttle=throttle)
+    return store, choice.backend
 
 
 def _swap(streamer: Streamer, opened: Opened, budget: Budget, store: Store) -> None:

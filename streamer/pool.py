@@ -12,7 +12,7 @@ experts have the same format.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class SlotPool:
         short = n - len(self.free)
         if short > 0:
             victims: list[tuple[int, int]] = []
-            for key in self._lru:
+            for key in self.victims():
                 if len(victims) == short:
                     break
                 if keep is None or key[0] != keep[0] or key[1] not in keep[1]:
@@ -57,11 +57,19 @@ class SlotPool:
                 self.evict(layer, expert)
         return [self.free.pop() for _ in range(n)]
 
+    def victims(self) -> Iterator[tuple[int, int]]:
+        """Resident (layer, expert) in the order they are evicted: least recently used first."""
+        return iter(self._lru)
+
     def place(self, layer: int, expert: int, slot: int) -> None:
         """`slot`, owned by the caller, now holds this expert, most recently used."""
         self.slot_of[layer][expert] = slot
         self.resident[layer] += 1
         self._lru[layer, int(expert)] = None
+
+    def unused(self, layer: int, expert: int) -> None:
+        """Nothing asked for this resident expert yet: it is the first to be evicted."""
+        self._lru.move_to_end((layer, int(expert)), last=False)
 
     def evict(self, layer: int, expert: int) -> None:
         """Forget a resident expert; its slot is free."""

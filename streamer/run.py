@@ -53,6 +53,16 @@ def parser() -> Parser:
         help="tokens that the model's MTP head drafts at each step (auto: by measured cost)",
     )
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
+    p.add_argument(
+        "--executor",
+        choices=("auto", "layerwise", "rehearse"),
+        default="layerwise",
+        help="stop at every layer for its experts, or rehearse a pass to learn them all first "
+        "(auto: whichever is measured faster)",
+    )
+    p.add_argument(
+        "--throttle", type=number(0.001), metavar="GB/s", help="imitate a disk as slow as this"
+    )
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
     return p

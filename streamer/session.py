@@ -44,7 +44,14 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     spare, why = default_budget() if args.memory is None else (None, "")
     budget = divide(opened, args.memory, context, spare=spare)
     with bar("loading") as update:
-        model = attach(opened, budget, args.io, lambda what, done, all_: update(done, all_, "MB"))
+        model = attach(
+            opened,
+            budget,
+            args.io,
+            lambda what, done, all_: update(done, all_, "MB"),
+            executor=args.executor,
+            throttle=args.throttle and args.throttle * 1e9,
+        )
     return Session(model, tokenizer, tokens, args, why, about_head)
 
 
@@ -227,6 +234,7 @@ class Session:
             "tokens": self.tokens,
             "experts": s.stats(),
             "mtp": self.drafts.stats(),
+            "rehearsal": s.counters.rehearsal(),
             "syncs": s.counters.syncs,
             "kv_cache": {
                 "kind": type(self._cache[0]).__name__ if self._cache else "none",

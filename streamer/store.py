@@ -6,8 +6,8 @@ neighbours in a file become one read with several destinations, and large reads
 are cut so that all threads share them. `streamer.backends` has the ways to
 read, `streamer.probe` picks one.
 
-First come, first served: there are no priorities, and a queued read cannot be
-taken back. Nothing is cached and duplicates are read twice.
+Reads that are waited for go before guesses (`streamer.read_queue`); a guess can be
+promoted or taken back while it is queued. Nothing is cached and duplicates are read twice.
 
     with Store([path], backend="pread") as store:
         buffer = bytearray(1 << 20)
@@ -17,11 +17,10 @@ taken back. Nothing is cached and duplicates are read twice.
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -29,6 +28,7 @@ from typing import Literal, Self
 from .backends import Direct, Mapped, Pread
 from .errors import StreamerError, UsageError
 from .ranges import Piece, Run, cut, merge
+from .read_queue import Guess, ReadQueue
 
 __all__ = ["BACKENDS", "Backend", "Counters", "Piece", "Store", "Ticket"]
 
@@ -38,6 +38,9 @@ BACKENDS: tuple[Backend, ...] = ("pread", "mmap", "direct")  # simplest first
 # 4 to 8 reads in flight saturate a disk; more threads than cores and 4 only contend.
 THREADS = min(8, max(4, os.cpu_count() or 1))
 CHUNK_MIN, CHUNK_MAX = 256 << 10, 1 << 20  # bytes of one read, where cutting is possible
+# Guesses under way: four reads keep a disk busy, and a demand that comes meanwhile waits
+# for this much, 0.7 ms at 1.5 GB/s.
+GUESS_BYTES = 1 << 20
 
 
 @dataclass
@@ -54,11 +57,12 @@ class Counters:
 class Ticket:
     """The reads of one `Store.read` call."""
 
-    __slots__ = ("_busy", "_error", "_left", "_store")
+    __slots__ = ("_busy", "_error", "_guesses", "_left", "_store")
 
     def __init__(self, store: Store, reads: int):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
+        self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
         self._busy = threading.Lock()  # released with the last read
         self._busy.acquire()
@@ -82,6 +86,19 @@ class Ticket:
             self._store._waited(time.perf_counter() - began)
         if self._error is not None:
             raise self._error
+
+    def promote(self) -> None:
+        """Somebody will wait for this guess now: what is still queued becomes a demand."""
+        self._store._engine.queue.promote(self._guesses)
+
+    def cancel(self) -> None:
+        """Take a guess back. Reads under way still land: `wait` first, before the
+        destinations are used for anything else; it raises if anything was left out.
+        Of demands nothing is taken back.
+        """
+        engine = self._store._engine
+        for guess in engine.queue.cancel(self._guesses):
+            engine._finish(self, engine._error(guess.job[1], "the guess was taken back"))
 
 
 Job = tuple[Ticket, Run]
@@ -131,9 +148,20 @@ class Store:
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, self._engine.stop)
 
-    def read(self, pieces: Sequence[Piece]) -> Ticket:
+    @property
+    def guess_bytes(self) -> int:
+        """Bytes of guesses under way at once, at most (one read at least); 0 starts none."""
+        return self._engine.queue.guess_bytes
+
+    @guess_bytes.setter
+    def guess_bytes(self, nbytes: int) -> None:
+        self._engine.queue.guess_bytes = nbytes
+
+    def read(self, pieces: Sequence[Piece], guess: float | None = None) -> Ticket:
         """Queue the pieces; their destinations must stay untouched until the ticket is done.
 
+        guess: nobody may ever need it; it waits for all demands and for guesses of a smaller
+        number, and can be promoted or taken back.
         Raises StreamerError when the store is closed, IndexError for unknown files.
         """
         runs = merge(pieces)
@@ -141,13 +169,18 @@ class Store:
             if runs[0].file < 0 or runs[-1].file >= len(self.files):
                 raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
             size = -(-sum(run.nbytes for run in runs) // self.threads)
-            size = min(max(size, CHUNK_MIN), CHUNK_MAX)
+            size = CHUNK_MIN if guess is not None else min(max(size, CHUNK_MIN), CHUNK_MAX)
             runs = [c for run in runs for c in cut(run, size)]
         ticket = Ticket(self, len(runs))
         with self._lock:
             if not self._close.alive:
                 raise StreamerError("the expert store is closed")
-            self._engine.put([(ticket, run) for run in runs], self.threads)
+            self._engine.start(self.threads)
+            if guess is None:
+                self._engine.queue.demand([(ticket, run) for run in runs])
+            else:
+                ticket._guesses = [Guess((ticket, run), run.nbytes, guess) for run in runs]
+                self._engine.queue.guess(ticket._guesses)
         return ticket
 
     def close(self) -> None:
@@ -178,29 +211,19 @@ class _Engine:
         self.lock = threading.Lock()
         self._throttle = throttle
         self._free_at = 0.0  # when the throttled disk will have done all it has accepted
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
         self._threads: list[threading.Thread] = []
 
-    def put(self, jobs: Iterable[Job], threads: int) -> None:
+    def start(self, threads: int) -> None:
         if not self._threads:
             for i in range(threads):
                 thread = threading.Thread(target=self._work, name=f"expert-read-{i}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        for job in jobs:
-            self._queue.put(job)
 
     def stop(self) -> None:
-        while True:
-            try:
-                job = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if job is not None:
-                ticket, run = job
-                self._finish(ticket, self._error(run, "the expert store was closed"))
-        for _ in self._threads:
-            self._queue.put(None)
+        for ticket, run in self.queue.stop(len(self._threads)):
+            self._finish(ticket, self._error(run, "the expert store was closed"))
         for thread in self._threads:
             # The last reference to a store may go, and so close it, in any thread.
             if thread is not threading.current_thread():
@@ -208,8 +231,12 @@ class _Engine:
         self.source.close()
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            self._do(*job)
+        while (job := self.queue.get()) is not None:
+            if isinstance(job, Guess):
+                self._do(*job.job)
+                self.queue.finished(job)
+            else:
+                self._do(*job)
             del job
 
     def _do(self, ticket: Ticket, run: Run) -> None:
@@ -248,6 +275,7 @@ class _Engine:
             ticket._left -= 1
             done = not ticket._left
         if done:
+            ticket._guesses = []  # they hold the ticket, and it the store
             ticket._busy.release()
 
     def _error(self, run: Run, why: str) -> StreamerError:

@@ -174,6 +174,56 @@ def whole(path: Path, tokens: np.ndarray) -> list[np.ndarray]:
     return logits
 
 
+@torch.no_grad()
+def assisted(
+    target: Path,
+    assistant: Path,
+    tokens: np.ndarray,
+    given: tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]] | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Three drafts of transformers' Gemma 4 assistant after tokens [1, T]: logits [V], states [D].
+
+    target, assistant: checkpoints by the original names. The target runs all tokens but
+    the last. given: another target's last state [1, 1, D], and its keys and values
+    [1, H, N, D] by type of layer; None: this one's, all there are up to the window less 1.
+    """
+    from transformers import Gemma4AssistantForCausalLM, Gemma4TextConfig
+
+    sharing = Gemma4TextConfig.kv_sharing_modes
+    try:  # 5.23 refuses a model all of whose layers share
+        everything = property(
+            lambda c: (
+                ["reuse"] * c.num_hidden_layers
+                if c.num_kv_shared_layers == c.num_hidden_layers
+                else sharing.fget(c)
+            )
+        )
+        Gemma4TextConfig.kv_sharing_modes = everything
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+        main = AutoModelForCausalLM.from_pretrained(target, **options).eval()
+        drafter = Gemma4AssistantForCausalLM.from_pretrained(assistant, **options).eval()
+    finally:
+        Gemma4TextConfig.kv_sharing_modes = sharing
+    ids = torch.from_numpy(tokens)
+    out = main(ids[:, :-1], output_hidden_states=True, use_cache=True)
+    kinds = main.config.layer_types
+    layers = zip(kinds, out.past_key_values.layers, strict=True)
+    shared = {kind: (layer.keys, layer.values) for kind, layer in layers}
+    state, token, drafts = out.hidden_states[-1][:, -1:], ids[:, -1:], []
+    if given is not None:
+        state = torch.from_numpy(given[0])
+        shared = {k: (torch.from_numpy(a), torch.from_numpy(b)) for k, (a, b) in given[1].items()}
+    for _ in range(3):
+        made = drafter(
+            inputs_embeds=torch.cat([main.get_input_embeddings()(token), state], dim=-1),
+            position_ids=torch.tensor([[ids.shape[1] - 1]]),
+            shared_kv_states=shared,
+        )
+        token, state = made.logits.argmax(-1), made.last_hidden_state
+        drafts.append((made.logits[0, 0].numpy(), state[0, 0].numpy()))
+    return drafts
+
+
 def main() -> None:
     from test_mtp_heads import reference_case  # the same weights as the test's
 

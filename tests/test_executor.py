@@ -51,9 +51,9 @@ def test_a_prefill_chunk_reads_each_expert_at_most_once(
     asked: list[tuple[int, int]] = []
     read = Store.read
 
-    def note(self: Store, pieces: Any) -> Any:
+    def note(self: Store, pieces: Any, guess: Any = None) -> Any:
         asked.extend((p.file, p.offset) for p in pieces)
-        return read(self, pieces)
+        return read(self, pieces, guess)
 
     monkeypatch.setattr(Store, "read", note)
     run(model, [300])

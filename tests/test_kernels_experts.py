@@ -1,16 +1,14 @@
-"""kernels.experts against float64: unions, absent slots, every format, mlx-lm's switches."""
+"""kernels.experts against float64: unions, absent slots, every format."""
 
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from test_kernels_linear import FORMATS, TYPES, quantized, rows
 
 from kernels import backend
-from kernels.experts import Stack, Switch, gather_linear, gather_swiglu, is_swiglu
+from kernels.experts import Stack, gather_linear, gather_swiglu
 
 S = 6
 extension = pytest.mark.skipif(not backend.available(), reason="the extension is not in use")
@@ -106,25 +104,3 @@ def test_absent_everywhere_and_no_rows() -> None:
     assert not mx.any(gather_swiglu(mx.array(rows(3, 64)), none, gate, gate, gate))
     empty = gather_linear(mx.zeros((0, 64)), mx.zeros((0, 2), mx.int32), gate)
     assert empty.shape == (0, 2, 64)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
-def test_in_place_of_mlx_lms_switches(kind: type, bias: bool) -> None:
-    mx.random.seed(7)
-    switch = kind(64, 96, S, bias=bias)
-    x, slots = mx.array(rows(9, 64)), mx.random.randint(0, S, (9, 2))
-    for group in (0, 32):
-        if group:
-            nn.quantize(switch, group_size=group, bits=4)
-        ours = Switch(switch)
-        assert mx.allclose(ours(x, slots), switch(x, slots), rtol=1e-4, atol=1e-5)
-        batched = ours(x[None], slots[None])
-        assert mx.array_equal(batched[0], ours(x, slots))
-
-
-def test_only_plain_swiglu_is_taken_for_it() -> None:
-    assert is_swiglu(SwitchGLU(32, 32, 1).activation)
-    assert not is_swiglu(lambda up, gate: nn.gelu(gate) * up)
-    assert not is_swiglu(lambda up, gate: nn.silu(mx.minimum(gate, 7)) * mx.clip(up, -7, 7))
-    assert not is_swiglu(nn.silu)

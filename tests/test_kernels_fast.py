@@ -143,6 +143,19 @@ def test_quantized_products(form: tuple[int, int, str]) -> None:
         assert got.shape == want.shape and close(got, want, 4e-6)
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_dequantize(bits: int) -> None:
+    for group, dtype in ((32, mx.float32), (64, mx.float32), (128, mx.float16)):
+        w, scales, biases = mx.quantize(normal(40, 384).astype(dtype), group, bits)
+        rows = mx.array([[3, 39, 0]])
+        options: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
+        parts = (w[rows], scales[rows], biases[rows])
+        got = fast.dequantize(*parts, **options)
+        want = fast._mlx["dequantize"](*parts, **options)
+        assert got.dtype == dtype and mx.array_equal(got, want)
+
+
 def test_more_rows_than_are_laid_out_at_a_time() -> None:
     w = mx.quantize(normal(40, 2048))
     x = normal(700, 2048)
@@ -181,9 +194,12 @@ def test_a_model_gives_the_same_logits(family: str, tmp_path: Any) -> None:
         return mx.concatenate(parts, axis=1)
 
     fast.uninstall()
-    want = logits()
-    mx.eval(want)
-    with fast.installed() as works:
-        assert works
-        assert close(logits(), want, 1e-4)
-    assert mx.quantized_matmul is fast._mlx["quantized_matmul"]
+    try:
+        want = logits()
+        mx.eval(want)
+        with fast.installed() as works:
+            assert works
+            assert close(logits(), want, 1e-4)
+        assert mx.quantized_matmul is fast._mlx["quantized_matmul"]
+    finally:
+        fast.install()  # as conftest did, for the tests after this one

@@ -119,6 +119,23 @@ def test_not_numbers_stay_in_their_row() -> None:
     assert mx.all(mx.isnan(y[1])) and mx.array_equal(y[::2], clean[::2])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_x_of_any_size(bits: int) -> None:
+    weights, exact = quantized((37, 192), "affine", bits, 64, mx.float32)
+    most = np.nextafter(np.float32(2), np.float32(0))
+    x = rows(8, 192)
+    x[0], x[1] = most, np.where(x[1] < 0, -most, most)
+    x[2] *= np.float32(1e33)
+    x[3] *= np.float32(1e-25)
+    x[4] = 0
+    x[5, ::7] *= 1e6
+    x[6] *= np.exp2(np.arange(192) % 64 - 32).astype(np.float32)
+    x[7] = np.float32(254 / 128)  # every digit at its end
+    y = linear(mx.array(x), *weights, bits=bits)
+    close(y, x, exact)
+    assert not mx.any(y[4])
+
+
 @extension
 def test_what_does_not_fit_is_refused() -> None:
     (w, s, b), _ = quantized((8, 64), "affine", 4, 64, mx.float32)
@@ -166,7 +183,8 @@ def rerun(**environment: str) -> None:
         pytest.skip("already a rerun")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-         str(Path(__file__).with_name("test_kernels_experts.py"))],
+         *(str(Path(__file__).with_name(f"test_kernels_{part}.py"))
+           for part in ("experts", "blocks", "fast"))],
         cwd=ROOT,
         env={**os.environ, **environment, "KERNELS_RERUN": "1"},
         capture_output=True,
@@ -177,7 +195,7 @@ def rerun(**environment: str) -> None:
 
 
 @extension
-@pytest.mark.parametrize("name", ["avx2", "neon", "portable"])
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "portable"])
 def test_other_instruction_sets(name: str) -> None:
     module = backend.native()
     if module is None or name not in module.isas():

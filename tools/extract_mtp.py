@@ -9,7 +9,8 @@ layers at 8 bits in groups of 64, `fc` (where embedding and hidden state meet),
 routers and norms as they are, norms as they multiply. What is quantized already
 stays as it is. 8 bits because an int4 head had 4% of its drafts accepted where an
 int8 head had 59% (colibri). Tensors are computed piece by piece: memory holds
-about twice the largest one written.
+about twice the largest one written. ORIGINAL may be Gemma 4's assistant, a checkpoint
+of its own, where CONVERTED is the model that it assists.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,8 +43,10 @@ from streamer.shards import Spec, header
 SIDE = "mtp.safetensors"
 BITS = 8
 GROUPS = (64, 32)
-KEPT = ("join", "gate")  # ends of the names of layers that are not quantized
+KEPT = ("join", "gate", "centroids")  # ends of the names of layers that are not quantized
 SAME = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers")
+ASSISTANTS = ("gemma4_assistant", "gemma4_unified_assistant")  # their whole checkpoint is a head
+ASSISTED = ("gemma4", "gemma4_text")
 SPARE = 64 << 20  # bytes left free on the disk
 
 
@@ -70,12 +74,12 @@ def extract(original: str, beside: Path) -> tuple[int, list[str]]:
     side = beside / SIDE
     if side.exists():
         raise UsageError(f"{side} exists; remove it first")
-    folder = resolve(original, ["config.json", INDEX], _missing)
-    source = _source(folder)
+    wanted = partial(_missing, assisted=converted)
+    source = _source(resolve(original, ["config.json", INDEX], wanted), converted)
     _check_same(source, converted)
     before = mx.set_cache_limit(0)
     try:
-        recipes, notes = _recipes(source)
+        recipes, notes = _recipes(source, converted)
         specs = [Spec(n, DTYPES[r.dtype], r.shape) for n, r in recipes.items()]
         _write(side, specs, recipes)
     finally:
@@ -87,38 +91,59 @@ def extract(original: str, beside: Path) -> tuple[int, list[str]]:
     return side.stat().st_size, notes
 
 
-def _missing(folder: Path) -> list[str]:
+def _missing(folder: Path, assisted: Checkpoint) -> list[str]:
     """Files of a repository that hold the head and are not here yet."""
     index = weight_map(folder)
-    wanted = {index[n] for n in _named(folder, list(index))} if index else {"model.safetensors"}
+    names = _named(folder, list(index), assisted) if index else {}
+    wanted = {index[n] for n in names.values()} or {"model.safetensors"}
     return sorted(wanted - set(os.listdir(folder)))
 
 
-def _named(folder: Path, names: list[str]) -> list[str]:
-    """Those of `names` that are the head's. Raises CheckpointError where there are none."""
-    config = read_config(folder)
+def _named(folder: Path, names: list[str], assisted: Checkpoint) -> dict[str, str]:
+    """Those of `names` that are the head's, by what the family calls them.
+
+    Raises CheckpointError where there are none.
+    """
+    config = _config(folder, assisted)
     if family_of(config) is None:
         kind = config["model_type"]
         raise CheckpointError(f"{folder} is of a family, {kind!r}, whose MTP head is not known")
-    if found := head_names(config, names):
-        return found
+    prefix = "mtp." if config is assisted.config else ""
+    called = {f"{prefix}{n}": n for n in names}
+    if found := head_names(config, called):
+        return {n: called[n] for n in found}
     raise CheckpointError(f"{folder} has no MTP head")
 
 
-def _source(folder: Path) -> Checkpoint:
+def _config(folder: Path, assisted: Checkpoint) -> dict[str, Any]:
+    """What the head is read by: the folder's configuration, or that of the model it assists."""
+    config = read_config(folder)
+    if config["model_type"] not in ASSISTANTS:
+        return config
+    ours = text_config(assisted.config)
+    width = config.get("backbone_hidden_size")
+    if ours["model_type"] not in ASSISTED or ours.get("hidden_size") != width:
+        raise CheckpointError(
+            f"{folder} assists a Gemma 4 of hidden size {width}, and {assisted.path} is "
+            f"{ours['model_type']!r} of hidden size {ours.get('hidden_size')}"
+        )
+    return assisted.config
+
+
+def _source(folder: Path, assisted: Checkpoint) -> Checkpoint:
     """The head's files alone, as a checkpoint: the others may not have been fetched."""
     index = weight_map(folder)
     if index:
-        files = sorted({folder / index[n] for n in _named(folder, list(index))})
+        names = _named(folder, list(index), assisted)
+        files = sorted({folder / index[n] for n in names.values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_header(file)
-    names = set(_named(folder, list(tensors)))
-    kept = {n: t for n, t in tensors.items() if n in names}
-    holding = tuple(f for f in files if any(t.path == f for t in kept.values()))
-    return Checkpoint(folder, read_config(folder), tensors, holding, ())
+    kept = {tensors[n].path for n in _named(folder, list(tensors), assisted).values()}
+    holding = tuple(f for f in files if f in kept)
+    return Checkpoint(folder, _config(folder, assisted), tensors, holding, ())
 
 
 def _check_same(source: Checkpoint, converted: Checkpoint) -> None:
@@ -131,7 +156,7 @@ def _check_same(source: Checkpoint, converted: Checkpoint) -> None:
             )
 
 
-def _recipes(source: Checkpoint) -> tuple[dict[str, Recipe], list[str]]:
+def _recipes(source: Checkpoint, converted: Checkpoint) -> tuple[dict[str, Recipe], list[str]]:
     """How to make the tensors to be written, by name; what was decided."""
     config = source.config
     try:
@@ -139,7 +164,8 @@ def _recipes(source: Checkpoint) -> tuple[dict[str, Recipe], list[str]]:
             weights: dict[str, mx.array] = {}
             for file in source.files:
                 weights |= cast(dict[str, mx.array], mx.load(str(file)))
-            named = {n: weights[n] for n in head_names(config, weights)}
+            names = _named(source.path, list(weights), converted)
+            named = {name: weights[n] for name, n in names.items()}
             head = find_head(build(text_config(config)), config, named)
             if head is None:
                 raise HeadError("only copies of the trunk's tensors are there")

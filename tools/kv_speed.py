@@ -1,8 +1,10 @@
 """Speed and footprint of attention over codes, on synthetic caches of Qwen3.5-35B-A3B's shapes.
 
-Decoding attention is bound by the bytes of the history: 16 query heads over 2 key heads of 256
-channels. Full precision is the back end's own fused attention in float32 (CPU) or bfloat16.
-Runs are interleaved, medians of processor seconds are printed, one JSON line ends the output.
+16 query heads over 2 key heads of 256 channels. Full precision is the same back end's fused
+attention: kernels.fast's in float32 on the CPU (MLX's with STREAMER_KERNELS=off), MLX's in bfloat16
+on a GPU. On the CPU attention over codes is bound by multiply-adds (2 * 16 * 256 a token and row)
+and by unpacking (2 * 2 * 256 a token, whatever the rows), not by the bytes of the codes, which are
+printed as GB/s. Runs are interleaved; medians of seconds on the clock, a JSON line ends the output.
 `--footprint` instead fills one cache of 32k tokens and prints what the process holds for it.
 
     python -m tools.kv_speed --contexts 8192 --bits 3.5
@@ -26,6 +28,7 @@ from mlx_lm.models.cache import KVCache
 
 from cache.attention import scaled_dot_product_attention
 from cache.compressed import CompressedKVCache
+from kernels import backend, fast
 
 HEADS, KEY_HEADS, CHANNELS = 16, 2, 256
 PASS = 1024
@@ -50,38 +53,45 @@ def _arrays(state: Any) -> list[Any]:
 
 
 def step(cache: Any, rows: int, dtype: mx.Dtype) -> float:
-    """Processor seconds of one pass of `rows` rows, taken back afterwards."""
+    """Seconds of one pass of `rows` rows, which is taken back afterwards."""
     q = mx.random.normal((1, HEADS, rows, CHANNELS)).astype(dtype)
     k, v = (mx.random.normal((1, KEY_HEADS, rows, CHANNELS)).astype(dtype) for _ in range(2))
     mx.eval(q, k, v)
     mask = cache.make_mask(rows, window_size=None, return_array=False)
-    begun = time.process_time() if mx.default_device() == mx.cpu else time.perf_counter()
+    begun = time.perf_counter()
     keys, values = cache.update_and_fetch(k, v)
     mx.eval(scaled_dot_product_attention(q, keys, values, cache, CHANNELS**-0.5, mask))
-    now = time.process_time() if mx.default_device() == mx.cpu else time.perf_counter()
+    taken = time.perf_counter() - begun
     cache.trim(rows)
-    return now - begun
+    return taken
 
 
 def speed(contexts: list[int], bits: float, repeats: int, dtype: mx.Dtype) -> None:
     """Print the table and its JSON line."""
     found = []
-    print("context rows  full ms  codes ms  full/codes  T(rows)/T(1)")
+    print(backend.describe())
+    print("context rows  full ms  codes ms  full/codes  T(rows)/T(1)  codes GB/s")
     for context in contexts:
         full = filled(KVCache(), context, dtype)
         codes = filled(CompressedKVCache(bits, bits), context, dtype)
-        single = 0.0
+        stored = 2 * codes.keys.coded * KEY_HEADS * codes.keys.codec.row_bytes
+        times: dict[tuple[str, int], list[float]] = {}
+        for turn in range(repeats + 1):
+            for rows in (1, 4):
+                for name, cache in (("full", full), ("codes", codes)):
+                    seconds = step(cache, rows, dtype)
+                    if turn:  # the first warms up
+                        times.setdefault((name, rows), []).append(seconds)
+        ms = {key: statistics.median(values) * 1e3 for key, values in times.items()}
         for rows in (1, 4):
-            step(full, rows, dtype), step(codes, rows, dtype)
-            pairs = [(step(full, rows, dtype), step(codes, rows, dtype)) for _ in range(repeats)]
-            a, b = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
-            single = single or b
+            a, b = ms["full", rows], ms["codes", rows]
             print(
-                f"{context:7} {rows:4} {a:8.1f} {b:9.1f} {a / b:11.2f} {b / single:13.2f}",
+                f"{context:7} {rows:4} {a:8.1f} {b:9.1f} {a / b:11.2f} "
+                f"{b / ms['codes', 1]:13.2f} {stored / b / 1e6:11.2f}",
                 flush=True,
             )
             found.append({"context": context, "rows": rows, "full_ms": a, "codes_ms": b})
-    print(json.dumps({"bits": bits, "backend": mx.default_device().type.name, "runs": found}))
+    print(json.dumps({"bits": bits, "kernels": backend.isa(), "runs": found}))
 
 
 def _release() -> None:
@@ -119,7 +129,8 @@ def main() -> None:
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     if args.footprint:
         footprint(args.bits)
-    else:
+        return
+    with fast.installed():
         speed(args.contexts, args.bits, args.repeats, dtype)
 
 

@@ -1,130 +1,36 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <cstring>
-#include <numeric>
 #include <stdexcept>
 
 #include "buffers.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "multiply.h"
-#include "pool.h"
+#include "mlx/ops.h"
+#include "stacks.h"
 
 namespace streamer {
 namespace {
 
-// A stack's layout, its slots, and how many inputs of the primitive it takes.
-struct Experts {
-  Matrix A; // of one expert, without pointers
-  int slots, inputs;
-};
-
-bool same(const Experts& a, const Experts& b) {
-  return a.A.N == b.A.N && same_packing(a.A, b.A) && a.A.scale == b.A.scale && a.slots == b.slots;
-}
-
-Experts experts_of(int columns, const Stack& s, int group, int bits, const std::string& mode) {
-  if (s.w.ndim() != 3) throw std::invalid_argument("experts: weights must have three axes");
-  Matrix A = matrix_of(columns, s.w, s.scales, s.biases, group, bits, mode);
-  if (s.scales && s.scales->shape(0) != s.w.shape(0)) {
-    throw std::invalid_argument("experts: scales and weights differ in slots");
+// Slots as int32, once x and they are found to fit.
+mx::array checked(const mx::array& x, const mx::array& slots, mx::StreamOrDevice stream) {
+  if (x.ndim() < 1 || x.dtype() != mx::float32) {
+    throw std::invalid_argument("experts: x must be float32");
   }
-  return {A, s.w.shape(0), 1 + (s.scales ? 1 : 0) + (s.biases ? 1 : 0)};
-}
-
-void check_rows(const mx::array& x, const mx::array& slots) {
-  if (x.ndim() != 2 || x.dtype() != mx::float32) {
-    throw std::invalid_argument("experts: x must be float32 with two axes");
+  if (!mx::issubdtype(slots.dtype(), mx::integer)) {
+    throw std::invalid_argument("experts: slots must be integers");
   }
-  if (slots.ndim() != 1 || slots.dtype() != mx::int32) {
-    throw std::invalid_argument("experts: slots must be int32 with one axis");
-  }
-  if (x.shape(0) == 0 ? slots.shape(0) != 0 : slots.shape(0) % x.shape(0) != 0) {
+  const size_t rows = x.size() / std::max(1, x.shape(-1));
+  if (rows == 0 ? slots.size() != 0 : slots.size() % rows != 0) {
     throw std::invalid_argument("experts: slots must be a multiple of the rows of x");
   }
+  return mx::astype(slots, mx::int32, stream);
 }
 
-void append(std::vector<mx::array>& inputs, const Stack& s) {
-  inputs.push_back(s.w);
-  if (s.scales) inputs.push_back(*s.scales);
-  if (s.biases) inputs.push_back(*s.biases);
-}
-
-// The stack's pointers, from the inputs at `at` on.
-Matrix bound(
-    const Experts& e,
-    const std::vector<mx::array>& inputs,
-    size_t at,
-    std::vector<std::shared_ptr<char>>& copies) {
-  Matrix A = e.A;
-  A.w = row_major(inputs[at], copies);
-  if (e.inputs > 1) A.scales = row_major(inputs[at + 1], copies);
-  if (e.inputs > 2) A.biases = row_major(inputs[at + 2], copies);
-  return A;
-}
-
-Matrix expert(const Matrix& stack, int64_t slot) {
-  Matrix A = stack;
-  const int64_t cells = int64_t(A.N) * A.K;
-  A.w = static_cast<const char*>(A.w) + slot * (cells * width(A) / 8);
-  if (A.format != Format::dense) {
-    const int64_t item = A.format == Format::mxfp4 ? 1 : A.scale == Scale::f32 ? 4 : 2;
-    const int64_t bytes = slot * (cells / A.group) * item;
-    A.scales = static_cast<const char*>(A.scales) + bytes;
-    if (A.biases != nullptr) A.biases = static_cast<const char*>(A.biases) + bytes;
-  }
-  return A;
-}
-
-// Pairs in order of their slot, absent ones first.
-std::vector<int> by_slot(const int32_t* slots, int P, int count) {
-  std::vector<int> order(P);
-  std::iota(order.begin(), order.end(), 0);
-  auto key = [&](int p) { return slots[p] < 0 || slots[p] >= count ? -1 : slots[p]; };
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return key(a) < key(b); });
-  return order;
-}
-
-// Work for one multiply: y[p] = x[p / share] @ stack[slots[p]]^T for each stack and its y.
-struct Plan {
-  std::vector<Pack> packs;
-  std::vector<Part> parts;
-  std::vector<Product> products;
-
-  void add(
-      const std::vector<int>& order,
-      const int32_t* slots,
-      int count,
-      const float* x,
-      int share,
-      const std::vector<std::pair<Matrix, float*>>& stacks) {
-    std::vector<const float*> from;
-    std::vector<float*> to;
-    for (size_t i = 0; i < order.size();) {
-      const int slot = slots[order[i]];
-      size_t end = i;
-      while (end < order.size() && slots[order[end]] == slot) ++end;
-      if (slot >= 0 && slot < count) {
-        for (const auto& [stack, y] : stacks) {
-          from.clear();
-          to.clear();
-          for (size_t j = i; j < end; ++j) {
-            from.push_back(x + int64_t(order[j] / share) * stack.K);
-            to.push_back(y + int64_t(order[j]) * stack.N);
-          }
-          add_product(expert(stack, slot), from, to, packs, parts, products);
-        }
-      }
-      i = end;
-    }
-  }
-};
-
-void clear_absent(const int32_t* slots, int P, int count, float* y, int64_t columns) {
-  for (int p = 0; p < P; ++p) {
-    if (slots[p] < 0 || slots[p] >= count) std::fill_n(y + p * columns, columns, 0.0f);
-  }
+mx::Shape shape_of(const mx::array& slots, int columns) {
+  mx::Shape shape = slots.shape();
+  shape.push_back(columns);
+  return shape;
 }
 
 std::vector<mx::array> weak(const std::vector<mx::array>& inputs) {
@@ -140,17 +46,19 @@ class GatherLinear : public mx::UnaryPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     if (out.size() == 0) return;
-    const int P = out.shape(0), share = P / inputs[0].shape(0);
+    const int P = static_cast<int>(out.size() / experts_.A.N),
+              share = P / static_cast<int>(inputs[0].size() / experts_.A.K);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [e = experts_, held = weak(inputs), y = out.data<float>(), P, share] {
           std::vector<std::shared_ptr<char>> copies;
           const auto* x = static_cast<const float*>(row_major(held[0], copies));
           const auto* slots = static_cast<const int32_t*>(row_major(held[1], copies));
+          const Pairs pairs(slots, P, share, e.slots);
+          size_t at = 2;
           Plan plan;
-          plan.add(by_slot(slots, P, e.slots), slots, e.slots, x, share,
-                   {{bound(e, held, 2, copies), y}});
-          multiply(plan.packs, plan.parts, plan.products);
-          clear_absent(slots, P, e.slots, y, e.A.N);
+          plan.add(pairs, x, share, {{bound(e, held, at, copies), y}});
+          plan.run();
+          clear_absent(pairs, y, e.A.N);
         });
   }
 
@@ -170,42 +78,26 @@ class GatherLinear : public mx::UnaryPrimitive {
 
 class GatherSwiglu : public mx::UnaryPrimitive {
  public:
-  GatherSwiglu(mx::Stream stream, Experts gate, Experts up, Experts down)
-      : UnaryPrimitive(stream), gate_(gate), up_(up), down_(down) {}
+  GatherSwiglu(mx::Stream stream, Experts gate, Experts up, Experts down, bool chosen)
+      : UnaryPrimitive(stream), gate_(gate), up_(up), down_(down), chosen_(chosen) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override {
     out.set_data(mx::allocator::malloc(out.nbytes()));
     if (out.size() == 0) return;
-    const int P = out.shape(0), share = P / inputs[0].shape(0);
+    const int P = static_cast<int>(out.size() / down_.A.N),
+              share = P / static_cast<int>(inputs[0].size() / gate_.A.K);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [gate = gate_, up = up_, down = down_, held = weak(inputs), y = out.data<float>(), P,
-         share] {
+         share, chosen = chosen_] {
           std::vector<std::shared_ptr<char>> copies;
           const auto* x = static_cast<const float*>(row_major(held[0], copies));
           const auto* slots = static_cast<const int32_t*>(row_major(held[1], copies));
-          const auto order = by_slot(slots, P, gate.slots);
-          const int64_t inner = gate.A.N;
-          float* hidden = workspace(2, 2 * P * inner);
-          float* raised = hidden + P * inner;
-          Plan in;
-          in.add(order, slots, gate.slots, x, share,
-                 {{bound(gate, held, 2, copies), hidden},
-                  {bound(up, held, 2 + gate.inputs, copies), raised}});
-          multiply(in.packs, in.parts, in.products);
-          auto activate = [&](int p) {
-            if (slots[p] < 0 || slots[p] >= gate.slots) return;
-            rows().swiglu(hidden + p * inner, raised + p * inner, inner);
-          };
-          if (P * inner >= 1 << 15) {
-            parallel_for(P, activate);
-          } else {
-            for (int p = 0; p < P; ++p) activate(p);
-          }
-          Plan out_of;
-          out_of.add(order, slots, gate.slots, hidden, 1,
-                     {{bound(down, held, 2 + gate.inputs + up.inputs, copies), y}});
-          multiply(out_of.packs, out_of.parts, out_of.products);
-          clear_absent(slots, P, gate.slots, y, down.A.N);
+          const std::vector<int32_t> only(chosen ? 0 : P, 0);
+          const Pairs pairs(chosen ? slots : only.data(), P, share, gate.slots);
+          size_t at = 2;
+          const Matrix g = bound(gate, held, at, copies), u = bound(up, held, at, copies),
+                       d = bound(down, held, at, copies);
+          run_swiglus({{pairs, g, u, d, y}}, x);
         });
   }
 
@@ -215,13 +107,15 @@ class GatherSwiglu : public mx::UnaryPrimitive {
 
   bool is_equivalent(const Primitive& other) const override {
     const auto& o = static_cast<const GatherSwiglu&>(other);
-    return same(gate_, o.gate_) && same(up_, o.up_) && same(down_, o.down_);
+    return chosen_ == o.chosen_ && same(gate_, o.gate_) && same(up_, o.up_) &&
+        same(down_, o.down_);
   }
 
   DEFINE_NAME(StreamerGatherSwiglu)
 
  private:
   Experts gate_, up_, down_;
+  bool chosen_; // false: there is one expert, and every row has it
 };
 
 } // namespace
@@ -234,12 +128,12 @@ mx::array gather_linear(
     int bits,
     const std::string& mode,
     mx::StreamOrDevice stream) {
-  check_rows(x, slots);
-  Experts e = experts_of(x.shape(1), weight, group, bits, mode);
-  std::vector<mx::array> inputs{x, slots};
+  const mx::array chosen = checked(x, slots, stream);
+  Experts e = experts_of(x.shape(-1), weight, group, bits, mode);
+  std::vector<mx::array> inputs{x, chosen};
   append(inputs, weight);
   return mx::array(
-      {slots.shape(0), e.A.N},
+      shape_of(slots, e.A.N),
       mx::float32,
       std::make_shared<GatherLinear>(mx::to_stream(stream), e),
       std::move(inputs));
@@ -247,7 +141,7 @@ mx::array gather_linear(
 
 mx::array gather_swiglu(
     const mx::array& x,
-    const mx::array& slots,
+    const std::optional<mx::array>& slots,
     const Stack& gate,
     const Stack& up,
     const Stack& down,
@@ -255,19 +149,24 @@ mx::array gather_swiglu(
     int bits,
     const std::string& mode,
     mx::StreamOrDevice stream) {
-  check_rows(x, slots);
-  Experts g = experts_of(x.shape(1), gate, group, bits, mode);
-  Experts u = experts_of(x.shape(1), up, group, bits, mode);
+  const mx::array chosen = slots ? checked(x, *slots, stream) : mx::array(0);
+  Experts g = experts_of(x.shape(-1), gate, group, bits, mode);
+  Experts u = experts_of(x.shape(-1), up, group, bits, mode);
   Experts d = experts_of(g.A.N, down, group, bits, mode);
   if (u.A.N != g.A.N || u.slots != g.slots || d.slots != g.slots) {
     throw std::invalid_argument("experts: gate, up and down don't fit together");
   }
-  std::vector<mx::array> inputs{x, slots};
+  if (!slots && (x.ndim() < 1 || x.dtype() != mx::float32 || g.slots != 1)) {
+    throw std::invalid_argument("experts: without slots x must be float32 and the expert alone");
+  }
+  mx::Shape shape = slots ? slots->shape() : mx::Shape(x.shape().begin(), x.shape().end() - 1);
+  shape.push_back(d.A.N);
+  std::vector<mx::array> inputs{x, chosen};
   for (const Stack* stack : {&gate, &up, &down}) append(inputs, *stack);
   return mx::array(
-      {slots.shape(0), d.A.N},
+      std::move(shape),
       mx::float32,
-      std::make_shared<GatherSwiglu>(mx::to_stream(stream), g, u, d),
+      std::make_shared<GatherSwiglu>(mx::to_stream(stream), g, u, d, slots.has_value()),
       std::move(inputs));
 }
 

@@ -9,13 +9,10 @@
 namespace streamer {
 
 // Stacked weights [S, N, K...] with their quantization, as in linear().
-struct Stack {
-  mx::array w;
-  std::optional<mx::array> scales, biases;
-};
+using Stack = Weight;
 
-// y[p] = x[p / (P / R)] @ w[slots[p]]^T: x [R, K] float32 and slots [P] int32, P a multiple of R,
-// give [P, N] float32. A slot outside [0, S) gives zeros.
+// y[p] = x[p / (P / R)] @ w[slots[p]]^T: R rows x [..., K] float32 and P integers slots, P a
+// multiple of R, give [*slots.shape, N] float32. A slot outside [0, S) gives zeros.
 mx::array gather_linear(
     const mx::array& x,
     const mx::array& slots,
@@ -25,10 +22,11 @@ mx::array gather_linear(
     const std::string& mode,
     mx::StreamOrDevice stream);
 
-// down(silu(gate(x)) * up(x)) of each pair, in one go: x [R, D], slots [P], gives [P, D].
+// down(silu(gate(x)) * up(x)) of each pair, in one go. Without slots the weights have two axes, or
+// one slot, and every row has them: gives [..., D].
 mx::array gather_swiglu(
     const mx::array& x,
-    const mx::array& slots,
+    const std::optional<mx::array>& slots,
     const Stack& gate,
     const Stack& up,
     const Stack& down,

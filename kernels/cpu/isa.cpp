@@ -24,6 +24,8 @@ const std::vector<Choice>& choices() {
         __builtin_cpu_supports("bmi2");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) out.push_back({"avx512vnni", &rows_vnni(), &steps_avx512()});
     if (avx512) out.push_back({"avx512", &rows_avx512(), &steps_avx512()});
     if (avx2) out.push_back({"avx2", &rows_avx2(), &steps_avx2()});
 #elif defined(__aarch64__)

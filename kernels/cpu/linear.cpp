@@ -6,6 +6,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "multiply.h"
+#include "step.h"
 
 namespace streamer {
 namespace {
@@ -87,6 +88,65 @@ mx::array linear(
       std::move(shape),
       mx::float32,
       std::make_shared<Linear>(mx::to_stream(stream), A),
+      std::move(inputs));
+}
+
+std::vector<mx::array> linears(
+    const mx::array& x,
+    const std::vector<Weight>& weights,
+    int group,
+    int bits,
+    const std::string& mode,
+    mx::StreamOrDevice stream) {
+  check(x.ndim() >= 1 && x.dtype() == mx::float32, "x must be float32");
+  check(!weights.empty(), "there must be a weight");
+  std::vector<Matrix> matrices;
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::array> inputs{x};
+  for (const Weight& weight : weights) {
+    check(weight.w.ndim() == 2, "the weight must have two axes");
+    matrices.push_back(
+        matrix_of(x.shape(-1), weight.w, weight.scales, weight.biases, group, bits, mode));
+    shapes.push_back(x.shape());
+    shapes.back().back() = matrices.back().N;
+    inputs.push_back(weight.w);
+    if (weight.scales) inputs.push_back(*weight.scales);
+    if (weight.biases) inputs.push_back(*weight.biases);
+  }
+  const int each = static_cast<int>(inputs.size() - 1) / static_cast<int>(weights.size());
+  for (const Weight& weight : weights) {
+    check(
+        weight.scales.has_value() == (each > 1) && weight.biases.has_value() == (each > 2),
+        "the weights must be quantized alike");
+  }
+  auto body = [matrices, each](const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+    std::vector<std::shared_ptr<char>> copies;
+    const auto* x = static_cast<const float*>(row_major(in[0], copies));
+    std::vector<Pack> packs;
+    std::vector<Part> parts;
+    std::vector<Product> products;
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      Matrix A = matrices[i];
+      const mx::array* own = &in[1 + i * each];
+      A.w = row_major(own[0], copies);
+      if (each > 1) A.scales = row_major(own[1], copies);
+      if (each > 2) A.biases = row_major(own[2], copies);
+      from.clear();
+      to.clear();
+      for (int64_t m = 0; m < static_cast<int64_t>(out[i].size()) / A.N; ++m) {
+        from.push_back(x + m * A.K);
+        to.push_back(out[i].data<float>() + m * A.N);
+      }
+      add_product(A, from, to, packs, parts, products);
+    }
+    multiply(packs, parts, products);
+  };
+  return mx::array::make_arrays(
+      std::move(shapes),
+      std::vector<mx::Dtype>(weights.size(), mx::float32),
+      std::make_shared<Step>(mx::to_stream(stream), "StreamerLinears", body),
       std::move(inputs));
 }
 

@@ -13,6 +13,12 @@ namespace streamer {
 
 namespace mx = mlx::core;
 
+// A weight with its quantization.
+struct Weight {
+  mx::array w;
+  std::optional<mx::array> scales, biases;
+};
+
 // x [..., K] float32; w [N, K * bits / 32] uint32 with scales [N, K / group] and, when affine, biases,
 // or w [N, K] in float32, float16 or bfloat16 with neither. Gives [..., N] float32.
 // Throws std::invalid_argument where shapes or types don't fit.
@@ -21,6 +27,15 @@ mx::array linear(
     const mx::array& w,
     const std::optional<mx::array>& scales,
     const std::optional<mx::array>& biases,
+    int group,
+    int bits,
+    const std::string& mode,
+    mx::StreamOrDevice stream);
+
+// linear() with several weights that are quantized alike, in one go.
+std::vector<mx::array> linears(
+    const mx::array& x,
+    const std::vector<Weight>& weights,
     int group,
     int bits,
     const std::string& mode,

@@ -6,9 +6,14 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "codes.h"
+#include "delta.h"
 #include "experts.h"
+#include "floors.h"
+#include "glue.h"
 #include "isa.h"
 #include "linear.h"
+#include "moe.h"
 #include "pool.h"
 #include "step.h"
 
@@ -23,8 +28,18 @@ using Arrays = std::tuple<
     std::optional<mlx::core::array>,
     std::optional<mlx::core::array>>;
 
-streamer::Stack stack(const Arrays& arrays) {
+// Weights quantized alike, with group size, bits and mode.
+using Group = std::tuple<std::vector<Arrays>, int, int, std::string>;
+
+streamer::Weight stack(const Arrays& arrays) {
   return {std::get<0>(arrays), std::get<1>(arrays), std::get<2>(arrays)};
+}
+
+streamer::Alike alike(const Group& group) {
+  const auto& [weights, size, bits, mode] = group;
+  streamer::Alike out{{}, size, bits, mode};
+  for (const Arrays& weight : weights) out.weights.push_back(stack(weight));
+  return out;
 }
 
 } // namespace
@@ -35,6 +50,12 @@ NB_MODULE(native, m) {
   m.def("set_isa", &streamer::set_isa, "name"_a, "Use one of isas(); False if it isn't one.");
   m.def("threads", &streamer::threads, "Threads that share a product.");
   m.def("set_threads", &streamer::set_threads, "count"_a);
+  m.def("read_seconds", &streamer::read_seconds, "x"_a, "To read an evaluated float32 array once.");
+  m.def(
+      "multiply_seconds",
+      &streamer::multiply_seconds,
+      "rounds"_a,
+      "For `rounds` times 128 multiply-adds in each thread.");
   m.def(
       "linear",
       &streamer::linear,
@@ -62,17 +83,17 @@ NB_MODULE(native, m) {
       "bits"_a = 4,
       "mode"_a = "affine",
       "stream"_a = nb::none(),
-      "x [R, K] float32, slots [P] int32, weight (w [S, N, ...], scales, biases): [P, N] float32.");
+      "x [..., K] float32, slots [..., k], weight (w [S, N, ...], scales, biases): [..., k, N].");
   m.def(
       "gather_swiglu",
-      [](const mlx::core::array& x, const mlx::core::array& slots, const Arrays& gate,
-         const Arrays& up, const Arrays& down, int group, int bits, const std::string& mode,
+      [](const mlx::core::array& x, const std::optional<mlx::core::array>& slots,
+         const Arrays& gate, const Arrays& up, const Arrays& down, int group, int bits, const std::string& mode,
          mlx::core::StreamOrDevice stream) {
         return streamer::gather_swiglu(
             x, slots, stack(gate), stack(up), stack(down), group, bits, mode, stream);
       },
       "x"_a,
-      "slots"_a,
+      "slots"_a.none(),
       "gate"_a,
       "up"_a,
       "down"_a,
@@ -81,7 +102,125 @@ NB_MODULE(native, m) {
       "bits"_a = 4,
       "mode"_a = "affine",
       "stream"_a = nb::none(),
-      "down(silu(gate(x)) * up(x)) for each pair: [P, D] float32.");
+      "down(silu(gate(x)) * up(x)) for each pair of row and slot; without slots of one expert.");
+  m.def(
+      "linears",
+      [](const mlx::core::array& x, const std::vector<Arrays>& weights, int group, int bits,
+         const std::string& mode, mlx::core::StreamOrDevice stream) {
+        std::vector<streamer::Weight> all;
+        for (const Arrays& weight : weights) all.push_back(stack(weight));
+        return streamer::linears(x, all, group, bits, mode, stream);
+      },
+      "x"_a,
+      "weights"_a,
+      nb::kw_only(),
+      "group_size"_a = 64,
+      "bits"_a = 4,
+      "mode"_a = "affine",
+      "stream"_a = nb::none(),
+      "linear() with several weights (w, scales, biases) that are quantized alike.");
+  m.def(
+      "delta_inputs",
+      &streamer::delta_inputs,
+      "x"_a,
+      "before"_a,
+      "weight"_a,
+      nb::kw_only(),
+      "key_heads"_a,
+      "key_width"_a,
+      "value_heads"_a,
+      "eps"_a,
+      "stream"_a = nb::none(),
+      "Convolution and silu of x [B, T, C]: q, k normalised, v, and the convolution's new state.");
+  m.def(
+      "delta_update",
+      &streamer::delta_update,
+      "q"_a,
+      "k"_a,
+      "v"_a,
+      "a"_a,
+      "b"_a,
+      "a_log"_a,
+      "dt_bias"_a,
+      "state"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "gated_delta with its gates computed from a and b: y and the state.");
+  m.def(
+      "gated_norm",
+      &streamer::gated_norm,
+      "x"_a,
+      "gate"_a,
+      "weight"_a,
+      nb::kw_only(),
+      "eps"_a,
+      "stream"_a = nb::none(),
+      "rms_norm(x, weight) * silu(gate).");
+  m.def(
+      "route",
+      &streamer::route,
+      "logits"_a,
+      nb::kw_only(),
+      "k"_a,
+      "normalize"_a,
+      "stream"_a = nb::none(),
+      "softmax of logits [..., E]: the k likeliest, largest first, int32, and their weights.");
+  m.def(
+      "combine",
+      &streamer::combine,
+      "y"_a,
+      "scores"_a,
+      "shared"_a = nb::none(),
+      "gate"_a = nb::none(),
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "sum_k y[..., k, D] * scores[..., k], plus sigmoid(gate [..., 1]) * shared [..., D].");
+  m.def(
+      "moe",
+      [](const mlx::core::array& x, const Group& routers, const Group& experts, const Group& shared,
+         int k, bool normalize, mlx::core::StreamOrDevice stream) {
+        return streamer::moe(
+            x, alike(routers), alike(experts), alike(shared), k, normalize, stream);
+      },
+      "x"_a,
+      "routers"_a,
+      "experts"_a,
+      "shared"_a,
+      nb::kw_only(),
+      "k"_a,
+      "normalize"_a,
+      "stream"_a = nb::none(),
+      "A block of experts: route, gather_swiglu, a shared expert and combine in one.");
+  m.def(
+      "swiglu",
+      &streamer::swiglu,
+      "gate"_a,
+      "x"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "silu(gate) * x.");
+  m.def(
+      "dequantize",
+      &streamer::dequantize,
+      "w"_a,
+      "scales"_a,
+      "biases"_a,
+      nb::kw_only(),
+      "group_size"_a = 64,
+      "bits"_a = 4,
+      "stream"_a = nb::none(),
+      "Affine weights [..., K * bits / 32] as float32 [..., K].");
+  m.def(
+      "rope",
+      &streamer::rope,
+      "x"_a,
+      "frequencies"_a,
+      nb::kw_only(),
+      "traditional"_a,
+      "scale"_a,
+      "offset"_a,
+      "stream"_a = nb::none(),
+      "Rotary positions offset, offset + 1... of x [..., L, D].");
   m.def(
       "rms_norm",
       &streamer::rms_norm,
@@ -125,4 +264,31 @@ NB_MODULE(native, m) {
       "sinks"_a = nb::none(),
       "stream"_a = nb::none(),
       "Softmax attention of q [B, H, T, D] over k, v [B, Hk, S, D].");
+  m.def(
+      "attend_codes",
+      [](const mlx::core::array& q, const mlx::core::array& rotated,
+         const std::vector<mlx::core::array>& keys, const std::vector<mlx::core::array>& values,
+         int rows, int coded, int crossing, bool causal,
+         const std::optional<mlx::core::array>& bias,
+         const std::optional<mlx::core::array>& sinks, mlx::core::StreamOrDevice stream) {
+        auto side = [](const std::vector<mlx::core::array>& a) {
+          if (a.size() != 8) throw std::invalid_argument("attend_codes: a side has eight arrays");
+          return streamer::CodedSide{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]};
+        };
+        return streamer::attend_codes(
+            q, rotated, side(keys), side(values), rows, coded, crossing, causal, bias, sinks, stream);
+      },
+      "q"_a,
+      "rotated"_a,
+      "keys"_a,
+      "values"_a,
+      nb::kw_only(),
+      "rows"_a,
+      "coded"_a,
+      "crossing"_a = 0,
+      "causal"_a = false,
+      "bias"_a = nb::none(),
+      "sinks"_a = nb::none(),
+      "stream"_a = nb::none(),
+      "Attention over codes: the values' sum in the rotated space, and the part that isn't rotated.");
 }

@@ -8,14 +8,14 @@
 namespace streamer {
 namespace {
 
-// Bytes of weights that one task reads, between even shares and few hand-outs; and the
+// Bytes of weights that one task reads in a row, between even shares and few hand-outs; and the
 // multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t task_bytes = 64 << 10;
 constexpr int64_t parallel_work = 1 << 18;
 
 int64_t step_of(const Matrix& A) {
   const int64_t row_bytes = std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
-  return std::clamp<int64_t>(task_bytes / row_bytes / 12 * 12, 12, max_tile);
+  return std::max<int64_t>(task_bytes / row_bytes / 24 * 24, 24);
 }
 
 } // namespace
@@ -100,14 +100,17 @@ void multiply_batch(
     const int64_t begin = (task - first[i]) * step_of(A);
     const int64_t end = std::min<int64_t>(A.N, begin + step_of(A));
     float* scratch = workspace(1, kernel.scratch(A));
-    for (int p = product.begin; p < product.end; ++p) {
-      const Part& part = parts[p];
-      kernel.run(A, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
-                 static_cast<int>(begin), static_cast<int>(end));
+    for (int64_t tile = begin; tile < end; tile += max_tile) {
+      const int64_t stop = std::min<int64_t>(end, tile + max_tile);
+      for (int p = product.begin; p < product.end; ++p) {
+        const Part& part = parts[p];
+        kernel.run(A, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
+                   static_cast<int>(tile), static_cast<int>(stop));
+      }
     }
   };
   const int packing = high - low, running = first.back();
-  if (packing > 1 && cells >= 1 << 16) {
+  if (packing > 1 && cells >= 1 << 13) {
     parallel_for(packing, pack);
   } else {
     for (int i = 0; i < packing; ++i) pack(i);

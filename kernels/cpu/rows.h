@@ -41,6 +41,7 @@ struct Rows {
       int end);
   // gate[i] = silu(gate[i]) * up[i]; each value alike wherever it stands.
   void (*swiglu)(float* gate, const float* up, int64_t count);
+  void (*silu)(float* x, int64_t count);
 };
 
 // The table of the instruction set in use.
@@ -51,6 +52,7 @@ const Rows& rows();
 const Rows& rows_portable();
 const Rows& rows_avx2();
 const Rows& rows_avx512();
+const Rows& rows_vnni();
 const Rows& rows_neon();
 
 } // namespace streamer

@@ -360,8 +360,13 @@ void swiglu(float* gate, const float* up, int64_t count) {
 }
 
 template <class V>
+void silus(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]);
+}
+
+template <class V>
 constexpr Rows table_of() {
-  return {packed<V>, scratch<V>, pack<V>, run<V>, swiglu<V>};
+  return {packed<V>, scratch<V>, pack<V>, run<V>, swiglu<V>, silus<V>};
 }
 
 } // namespace

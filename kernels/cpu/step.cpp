@@ -4,60 +4,13 @@
 #include <memory>
 #include <stdexcept>
 
-#include "buffers.h"
+#include "data.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
-#include "pool.h"
 #include "steps.h"
 
 namespace streamer {
-namespace {
-
-using Arrays = std::vector<mx::array>;
-
-constexpr int64_t parallel_work = 1 << 17; // multiply-adds below which one thread is faster
-
-void check(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-void check_float(const Arrays& arrays, const char* what) {
-  for (const mx::array& a : arrays) check(a.dtype() == mx::float32, what);
-}
-
-// Row-major float data of inputs, kept while the op runs.
-class Data {
- public:
-  const float* operator()(const mx::array& a) {
-    return static_cast<const float*>(row_major(a, held_));
-  }
-
- private:
-  std::vector<std::shared_ptr<char>> held_;
-};
-
-template <class F>
-void each(int tasks, int64_t work, F body) {
-  if (work >= parallel_work) {
-    parallel_for(tasks, body);
-  } else {
-    for (int i = 0; i < tasks; ++i) body(i);
-  }
-}
-
-// Where the rows of an array lie when its last axis is contiguous.
-int64_t offset_of(const mx::array& a, int64_t row) {
-  int64_t at = 0;
-  for (int axis = static_cast<int>(a.ndim()) - 2; axis >= 0; --axis) {
-    at += row % a.shape(axis) * a.strides(axis);
-    row /= a.shape(axis);
-  }
-  return at;
-}
-
-} // namespace
-
 void Step::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   Arrays in, out;
   for (mx::array& a : outputs) a.set_data(mx::allocator::malloc(a.nbytes()));
@@ -87,20 +40,57 @@ mx::array rms_norm(
     const mx::array& x = in[0];
     Data data;
     const int n = x.shape(-1);
-    const bool rows = n == 1 || x.strides(-1) == 1; // else x is copied
-    const float* from = rows ? x.data<float>() : data(x);
+    const RowsOf rows(x, data);
     const float* w = in.size() > 1 ? data(in[1]) : nullptr;
     float* y = out[0].data<float>();
     const int64_t count = static_cast<int64_t>(x.size()) / n;
     constexpr int64_t part = 64;
     each(static_cast<int>((count + part - 1) / part), count * n, [&](int task) {
       for (int64_t r = task * part; r < std::min(count, (task + 1) * part); ++r) {
-        steps().norm(from + (rows ? offset_of(x, r) : r * n), w, eps, scale, n, y + r * n);
+        steps().norm(rows[r], w, eps, scale, n, y + r * n);
       }
     });
   };
   auto step = std::make_shared<Step>(mx::to_stream(stream), "StreamerRMSNorm", body);
   return mx::array(x.shape(), mx::float32, std::move(step), std::move(inputs));
+}
+
+Heads heads_of(
+    const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& state) {
+  check(q.ndim() == 4 && k.shape() == q.shape() && v.ndim() == 4, "gated_delta: q, k or v doesn't fit");
+  const Heads h{v.shape(0), v.shape(1), q.shape(2), v.shape(2), q.shape(3), v.shape(3)};
+  const int vectors = h.Dk / 16;
+  check(q.shape(0) == h.B && q.shape(1) == h.T && h.Hv % h.Hk == 0, "gated_delta: q doesn't fit v");
+  check(state.shape() == mx::Shape{h.B, h.Hv, h.Dv, h.Dk}, "gated_delta: the state doesn't fit");
+  const bool known[17] = {0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1};
+  check(h.Dk % 16 == 0 && vectors <= 16 && known[vectors], "gated_delta: no kernel for keys of this width");
+  return h;
+}
+
+void run_delta(
+    const Heads& heads,
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* g,
+    bool vector_gate,
+    const float* beta,
+    const float* state,
+    float* y,
+    float* after,
+    float* d) {
+  const auto [B, T, Hk, Hv, Dk, Dv] = heads;
+  const int wide = vector_gate ? Dk : 1;
+  each(B * Hv, int64_t(B) * Hv * T * Dv * Dk * 3, [&, B = B, T = T, Hk = Hk, Hv = Hv, Dk = Dk, Dv = Dv](int task) {
+    const int64_t b = task / Hv, h = task % Hv, hk = h / (Hv / Hk), at = b * T * Hv + h,
+                  keys = (b * T * Hk + hk) * Dk, states = int64_t(task) * Dv * Dk;
+    const Delta head{
+        T, Dk, Dv, vector_gate,
+        q + keys, k + keys, v + at * Dv, g + at * wide, beta + at,
+        int64_t(Hk) * Dk, int64_t(Hk) * Dk, int64_t(Hv) * Dv, int64_t(Hv) * wide, Hv,
+        state + states, after + states, y + at * Dv, d + at * Dv};
+    steps().delta(head, 0, Dv);
+  });
 }
 
 std::vector<mx::array> gated_delta(
@@ -112,32 +102,15 @@ std::vector<mx::array> gated_delta(
     const mx::array& state,
     mx::StreamOrDevice stream) {
   check_float({q, k, v, g, beta, state}, "gated_delta: everything must be float32");
-  check(q.ndim() == 4 && k.shape() == q.shape() && v.ndim() == 4, "gated_delta: q, k or v doesn't fit");
-  const int B = v.shape(0), T = v.shape(1), Hv = v.shape(2), Dv = v.shape(3), Hk = q.shape(2),
-            Dk = q.shape(3), vectors = Dk / 16;
-  check(q.shape(0) == B && q.shape(1) == T && Hv % Hk == 0, "gated_delta: q doesn't fit v");
-  check(state.shape() == mx::Shape{B, Hv, Dv, Dk}, "gated_delta: the state doesn't fit");
-  check(beta.shape() == mx::Shape{B, T, Hv}, "gated_delta: beta doesn't fit");
-  check(g.shape() == mx::Shape{B, T, Hv} || g.shape() == mx::Shape{B, T, Hv, Dk}, "gated_delta: g doesn't fit");
-  const bool known[17] = {0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1};
-  check(Dk % 16 == 0 && vectors <= 16 && known[vectors], "gated_delta: no kernel for keys of this width");
+  const Heads heads = heads_of(q, k, v, state);
+  const mx::Shape gates{heads.B, heads.T, heads.Hv};
+  check(beta.shape() == gates, "gated_delta: beta doesn't fit");
+  check(g.shape() == gates || g.shape() == mx::Shape{heads.B, heads.T, heads.Hv, heads.Dk}, "gated_delta: g doesn't fit");
   auto body = [=](const Arrays& in, Arrays& out) {
     Data data;
-    const float *q = data(in[0]), *k = data(in[1]), *v = data(in[2]), *g = data(in[3]),
-                *beta = data(in[4]), *state = data(in[5]);
-    const bool vector_gate = in[3].ndim() == 4;
-    const int wide = vector_gate ? Dk : 1;
-    float *y = out[0].data<float>(), *after = out[1].data<float>(), *d = out[2].data<float>();
-    each(B * Hv, int64_t(B) * Hv * T * Dv * Dk * 3, [&](int task) {
-      const int64_t b = task / Hv, h = task % Hv, hk = h / (Hv / Hk), at = b * T * Hv + h,
-                    keys = (b * T * Hk + hk) * Dk, states = int64_t(task) * Dv * Dk;
-      const Delta head{
-          T, Dk, Dv, vector_gate,
-          q + keys, k + keys, v + at * Dv, g + at * wide, beta + at,
-          int64_t(Hk) * Dk, int64_t(Hk) * Dk, int64_t(Hv) * Dv, int64_t(Hv) * wide, Hv,
-          state + states, after + states, y + at * Dv, d + at * Dv};
-      steps().delta(head, 0, Dv);
-    });
+    run_delta(heads, data(in[0]), data(in[1]), data(in[2]), data(in[3]), in[3].ndim() == 4,
+              data(in[4]), data(in[5]), out[0].data<float>(), out[1].data<float>(),
+              out[2].data<float>());
   };
   return mx::array::make_arrays(
       {v.shape(), state.shape(), v.shape()},

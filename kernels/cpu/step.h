@@ -52,6 +52,29 @@ std::vector<mx::array> gated_delta(
     const mx::array& state,
     mx::StreamOrDevice stream);
 
+// Sizes of a gated delta rule.
+struct Heads {
+  int B, T, Hk, Hv, Dk, Dv;
+};
+
+// Those of arrays shaped as for gated_delta; throws std::invalid_argument where they don't fit.
+Heads heads_of(
+    const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& state);
+
+// The rule itself on row-major data; y, d and the state after are written.
+void run_delta(
+    const Heads& heads,
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* g,
+    bool vector_gate,
+    const float* beta,
+    const float* state,
+    float* y,
+    float* after,
+    float* d);
+
 // x [B, T + taps - 1, C], weight [C, taps, 1] -> [B, T, C].
 mx::array depthwise_conv(const mx::array& x, const mx::array& weight, mx::StreamOrDevice stream);
 

@@ -34,6 +34,8 @@ struct Row {
   float* y; // [Dv]
 };
 
+constexpr int max_taps = 8;
+
 struct Steps {
   // y = x * scale / sqrt(mean(x^2) + eps) * w for n elements; w may be null.
   void (*norm)(const float* x, const float* w, float eps, float scale, int n, float* y);
@@ -42,6 +44,11 @@ struct Steps {
   // y[c] = sum_k x[k * C + c] * w[k * C + c] for C channels.
   void (*conv)(const float* x, const float* w, int taps, int C, float* y);
   void (*attend)(const Row& row);
+  // y[c] = sum_i x[i][at + c] * w[(at + c) * taps + i] for C channels.
+  void (*taps)(const float* const* x, const float* w, int taps, int at, int C, float* y);
+  // The sum of n floats, and what `rounds` times 128 independent multiply-adds come to: floors.h.
+  float (*total)(const float* x, int64_t n);
+  float (*multiply)(int rounds, float start);
 };
 
 // The table of the instruction set in use.

@@ -169,7 +169,51 @@ void attend(const Row& row) {
   }
 }
 
-constexpr Steps table = {norm, delta, conv, attend};
+void taps(const float* const* x, const float* w, int taps, int at, int C, float* y) {
+  w += int64_t(at) * taps;
+  if (taps == 4) { // what models have; the compiler turns the stride into shuffles
+    const float *a = x[0] + at, *b = x[1] + at, *c = x[2] + at, *d = x[3] + at;
+    for (int i = 0; i < C; ++i) {
+      y[i] = (a[i] * w[4 * i] + b[i] * w[4 * i + 1]) + (c[i] * w[4 * i + 2] + d[i] * w[4 * i + 3]);
+    }
+    return;
+  }
+  for (int i = 0; i < C; ++i) {
+    float sum = 0.0f;
+    for (int j = 0; j < taps; ++j) sum += x[j][at + i] * w[i * taps + j];
+    y[i] = sum;
+  }
+}
+
+float total(const float* x, int64_t n) {
+  F part[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * W);
+  }
+  float rest = 0.0f;
+  for (; i < n; ++i) rest += x[i];
+  return sum((part[0] + part[1]) + (part[2] + part[3])) + rest;
+}
+
+float multiply(int rounds, float start) {
+  const F by = F{} + start;
+  F a = by, b = by + 1.0f, c = by + 2.0f, d = by + 3.0f, e = by + 4.0f, f = by + 5.0f,
+    g = by + 6.0f, h = by + 7.0f;
+  for (int i = 0; i < rounds; ++i) {
+    a = a * by + by;
+    b = b * by + by;
+    c = c * by + by;
+    d = d * by + by;
+    e = e * by + by;
+    f = f * by + by;
+    g = g * by + by;
+    h = h * by + by;
+  }
+  return sum(((a + b) + (c + d)) + ((e + f) + (g + h)));
+}
+
+constexpr Steps table = {norm, delta, conv, attend, taps, total, multiply};
 
 } // namespace
 } // namespace streamer

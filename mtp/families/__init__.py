@@ -7,6 +7,7 @@ print(FAMILIES["qwen3_5_moe"].__doc__)
 from .deepseek import DeepSeek, DeepSeek32, Glm4
 from .ernie import Ernie
 from .family import Family
+from .gemma import Gemma4
 from .longcat import LongCat
 from .mimo import MiMo, MiMoV2
 from .nemotron import Nemotron
@@ -17,6 +18,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": DeepSeek(),
     "deepseek_v32": DeepSeek32(),
     "ernie4_5_moe": Ernie(),
+    "gemma4": Gemma4(),
+    "gemma4_text": Gemma4(),
     "glm4_moe": Glm4(),
     "glm4_moe_lite": DeepSeek(),
     "glm_moe_dsa": DeepSeek32(),

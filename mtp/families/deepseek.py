@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache
 
 from ..head import Trunk, Unit
-from .family import Config, Family, norms
+from .family import Config, Family, Weights, norms
 
 _LAYER = re.compile(r"\bmodel\.layers\.(\d+)\.")
 _COPIES = r"(embed_tokens|shared_head\.head|shared_head\.output|self_attn\.rotary_emb)\..+"
@@ -57,7 +57,7 @@ class Glm4(Appended):
     out. Heads: one, applied again. Source: vLLM, glm4_moe_mtp.py.
     """
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         return {"num_hidden_layers": 1, "first_k_dense_replace": 0, "moe_layer_freq": 1}
 
 
@@ -68,7 +68,7 @@ class DeepSeek(Glm4):
     Source: vLLM, deepseek_mtp.py.
     """
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         width = config["hidden_size"]
         return Unit(norms(config), width, stub.layers, mask_array=True)
 
@@ -76,6 +76,6 @@ class DeepSeek(Glm4):
 class DeepSeek32(DeepSeek):
     """DeepSeek-V3.2 and GLM-5: as `DeepSeek`, with the indexer of sparse attention."""
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         caches = [lambda: CacheList(KVCache(), KVCache())]
         return Unit(norms(config), config["hidden_size"], stub.layers, caches, mask_array=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from ..head import Trunk, Unit
-from .family import Config, Family, norms
+from .family import Config, Family, Weights, norms
 
 
 class Ernie(Family):
@@ -26,8 +26,8 @@ class Ernie(Family):
         (r"model\.mtp_block\.(\d+)\.(.+)", r"units.\1.blocks.0.\2"),
     )
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         return {"num_hidden_layers": 1, "moe_layer_start_index": 1, "moe_layer_end_index": None}
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         return Unit(norms(config), config["hidden_size"], stub.layers, norm=trunk.norm)

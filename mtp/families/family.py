@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import Hidden, Trunk, Unit
+from ..head import Head, Hidden, Trunk, Unit
 
 Config = dict[str, Any]
 Weights = dict[str, mx.array]
@@ -68,20 +68,24 @@ class Family:
         """The tensors by unit, as `name` put them there, in the units that use them."""
         return parts
 
-    def stub(self, config: Config, unit: int, names: set[str]) -> nn.Module:
+    def stub(self, config: Config, unit: int, names: Weights) -> nn.Module:
         """mlx-lm's model of the family, its layers those of the unit; nothing is read.
 
-        names: of the unit's tensors, without 'units.N.'.
+        names: the unit's tensors by name, without 'units.N.'; their shapes may be looked at.
         """
         return build(config, **self.changes(config, unit, names))
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         """Of the configuration, for a stub of one layer."""
         return {"num_hidden_layers": 1}
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Any:
         """A unit around the stub's layers. names: as in `stub`."""
         return Unit(norms(config), config["hidden_size"], stub.layers)
+
+    def head(self, trunk: Trunk, units: Sequence[Any]) -> Head:
+        """The head of these units."""
+        return Head(trunk, units, self.hidden)
 
     def sanitize(self, stub: nn.Module, weights: Weights) -> Weights:
         """A unit's tensors in mlx-lm's form. Norms are left as they are.

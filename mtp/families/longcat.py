@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head import Trunk, Unit
-from .family import Config, Family, arguments, module_of, norms
+from .family import Config, Family, Weights, arguments, module_of, norms
 
 
 class Block(nn.Module):
@@ -46,10 +46,10 @@ class LongCat(Family):
         (r"mtp\.layers\.0\.(?:transformer_layer\.)?(.+)", r"units.0.blocks.0.\1"),
     )
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         return {"num_layers": 1}
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         return Unit(norms(config), config["hidden_size"], [Block(config)], mask_array=True)
 
     def sanitize(self, stub: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from ..head import Trunk, Unit
-from .family import Config, Family, norms
+from .family import Config, Family, Weights, norms
 
 
 class MiMo(Family):
@@ -27,7 +27,7 @@ class MiMo(Family):
         (r"model\.mtp_layers\.(\d+)\.(.+)", r"units.\1.blocks.0.\2"),
     )
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         return Unit(norms(config), config["hidden_size"], stub.layers, embedding_first=False)
 
 
@@ -55,7 +55,7 @@ class MiMoV2(Family):
         (r"mtp\.layers\.(\d+)\.(.+)", r"units.\1.blocks.0.\2"),
     )
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         # mlx-lm's model wants a layer of either kind of attention
         return {
             "num_hidden_layers": 2,
@@ -63,6 +63,6 @@ class MiMoV2(Family):
             "moe_layer_freq": [0, 0],
         }
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         window = config["sliding_window_size"]
         return Unit(norms(config), config["hidden_size"], stub.layers[:1], window=window)

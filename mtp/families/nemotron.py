@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from ..head import Trunk, Unit
-from .family import Config, Family, norms
+from .family import Config, Family, Weights, norms
 
 # what is found right in a block's mixer
 _KINDS = {"q_proj": "*", "gate": "E", "up_proj": "-", "in_proj": "M"}
@@ -33,7 +33,7 @@ class Nemotron(Family):
         (r"mtp\.layers\.(\d+\..+)", r"units.0.blocks.\1"),
     )
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         found: dict[int, str] = {}
         for name in names:
             match = re.fullmatch(r"blocks\.(\d+)\.mixer\.(\w+)\..+", name)
@@ -49,6 +49,6 @@ class Nemotron(Family):
             "num_hidden_layers": len(pattern),
         }
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         caches = [KVCache if block.block_type == "*" else None for block in stub.layers]
         return Unit(norms(config), config["hidden_size"], stub.layers, caches)

@@ -43,7 +43,7 @@ class Qwen(Family):
                 shared[name] = array
         return parts | {i: shared | layer for i, layer in layers.items()}
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         changes: Config = {
             "num_hidden_layers": 1,
             "full_attention_interval": 1,

@@ -6,7 +6,7 @@ import mlx.nn as nn
 
 from ..head import Trunk, Unit
 from .deepseek import Appended
-from .family import Config, norms
+from .family import Config, Weights, norms
 
 _BY_LAYER = ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits")
 
@@ -30,7 +30,7 @@ class Step(Appended):
         *Appended.tails,
     )
 
-    def changes(self, config: Config, unit: int, names: set[str]) -> Config:
+    def changes(self, config: Config, unit: int, names: Weights) -> Config:
         at = config["num_hidden_layers"] + unit
         changes: Config = {
             "num_hidden_layers": 1,
@@ -43,7 +43,7 @@ class Step(Appended):
                 changes[key] = values[at : at + 1] or [_sliding(config, key)]
         return changes
 
-    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: set[str]) -> Unit:
+    def unit(self, stub: nn.Module, config: Config, trunk: Trunk, names: Weights) -> Unit:
         window = config["sliding_window"] if stub.layers[0].is_sliding else None
         width, lm_head = config["hidden_size"], None
         if any(name.startswith("lm_head.") for name in names):

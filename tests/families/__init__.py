@@ -7,6 +7,7 @@ Weights are float32, so that logits on CPU can be compared bit for bit. Random
 weights route evenly and say nothing about a trained model's hit rates.
 """
 
+from .assistant import ASSISTED, make_assistant
 from .checkpoint import make_tiny
 from .configs import CONFIGS, DENSE, METAL_ONLY
 from .heads import HEADS, head_shapes, head_weights, make_head
@@ -17,6 +18,7 @@ FAMILIES = sorted(CONFIGS)
 HF_FAMILIES = sorted(HF)
 
 __all__ = [
+    "ASSISTED",
     "CONFIGS",
     "DENSE",
     "FAMILIES",
@@ -26,6 +28,7 @@ __all__ = [
     "PACKED",
     "head_shapes",
     "head_weights",
+    "make_assistant",
     "make_head",
     "make_tiny",
 ]

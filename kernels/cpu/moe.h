@@ -1,0 +1,27 @@
+// A whole block of experts as one lazy op.
+#pragma once
+
+#include "linear.h"
+
+namespace streamer {
+
+// Weights that are quantized alike.
+struct Alike {
+  std::vector<Weight> weights;
+  int group, bits;
+  std::string mode;
+};
+
+// x [..., D] -> [..., D]: combine() of the k experts that route() chose and of the shared expert.
+// routers: of the experts [S, D], and of the shared one [1, D]; experts: gate, up [S, I, D], down
+// [S, D, I]; shared: gate, up [J, D], down [D, J].
+mx::array moe(
+    const mx::array& x,
+    const Alike& routers,
+    const Alike& experts,
+    const Alike& shared,
+    int k,
+    bool normalize,
+    mx::StreamOrDevice stream);
+
+} // namespace streamer
