@@ -49,7 +49,7 @@ def test_replayed_counts_are_the_live_ones(
     pool = [group.slots for group in routes.groups]
     found = replay(routes, pool)
     assert (found.hits, found.misses) == (routes.hits, routes.misses) == live(unwatched)
-    asked = {kind: 0 for kind in ("prefill", "decode")}
+    asked = dict.fromkeys(("prefill", "decode"), 0)
     for call in routes.calls:
         asked[routes.passes[call.step].kind] += len(np.unique(call.experts))
     assert {kind: h + m for kind, (h, m) in found.by_kind.items()} == asked
