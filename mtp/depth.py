@@ -12,8 +12,8 @@ their rates. The other way is tried again now and then, for at most `PROBING` of
 time by its own estimate, so that what has become better is found.
 
     depth = Depth()
-    k = depth.choose(limit=8)          # 0: a plain step
-    while k and depth.goes_on(confidence of the next draft): ...
+    most = depth.choose(limit=8)                            # 0: a plain step
+    verify, more = depth.goes_on(confidence, limit=most)    # after each draft
     depth.record(verified, stood, seconds, drafting)
 
 Confidences say nothing of the token that was drawn, only of what it was drawn from,
@@ -23,7 +23,8 @@ or residual sampling would not be exact.
 from __future__ import annotations
 
 import bisect
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 DEEPEST = 8
@@ -101,6 +102,16 @@ class _Step:
     tokens: float
 
 
+class _Seen:
+    """Of the last drafting steps; before there were any, of one that is guessed."""
+
+    def __init__(self, steps: Collection[_Step]):
+        steps = steps or [_Step(1, 1, 1 + GUESS)]
+        self.steps, self.drafts = len(steps), sum(s.drafts for s in steps)
+        self.verified = Counter(s.verified for s in steps)
+        self.tokens = sum(s.tokens for s in steps)
+
+
 @dataclass
 class Depth:
     """Chooses what to draft and verify, up to `deepest` drafts a step."""
@@ -113,6 +124,7 @@ class Depth:
     _stands: list[_Share] = field(default_factory=lambda: [_Share() for _ in range(len(EDGES) + 1)])
     _overall: _Share = field(default_factory=_Share)
     _steps: deque[_Step] = field(default_factory=lambda: deque(maxlen=STEPS))
+    _seen: _Seen = field(default_factory=lambda: _Seen(()))
     _drafting: bool = False  # the way thought best
     _probe: int = 0  # steps left of a probe of the other way
     _last: bool | None = None  # whether the step before drafted
@@ -178,6 +190,7 @@ class Depth:
         if drafted:
             expected = 1.0 + sum(chance for _, chance in self._chances[:verified])
             self._steps.append(_Step(len(drafting), verified, expected))
+            self._seen = _Seen(self._steps)
         self._last = drafted
         self._time += seconds + sum(drafting)
         if self._probe and drafted != self._drafting:
@@ -189,12 +202,12 @@ class Depth:
         plain = self._plain.value if self._plain.known() else self._pass(0)
         # a step without drafts is no slower than with them, whatever it was long ago
         plain = min([plain, *(p.value for p in self._passes if p.known(self._step))])
-        steps = list(self._steps) or [_Step(1, 1, 1 + GUESS)]
-        tokens = sum(s.tokens for s in steps)
         first = self._first.value if self._first.known() else DRAFT * plain
         later = self._later.value if self._later.known() else first
-        seconds = sum(first + later * (s.drafts - 1) + self._pass(s.verified) for s in steps)
-        return 1 / plain, tokens / seconds
+        seen = self._seen
+        seconds = seen.steps * (first - later) + seen.drafts * later
+        seconds += sum(n * self._pass(k) for k, n in seen.verified.items())
+        return 1 / plain, seen.tokens / seconds
 
     def _pass(self, verified: int) -> float:
         """Seconds of a pass over `verified` drafts: measured, or on the line through others."""

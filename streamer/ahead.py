@@ -91,16 +91,6 @@ class ReadAhead:
             reading.promote()
         return [(np.array(experts), reading) for reading, experts in found.items()]
 
-    def land(self) -> list[tuple[int, int]]:
-        """Wait for all of it, needed or not; returns (layer, expert) now in the pool."""
-        reading, self._reading = list(self._reading.values()), {}
-        for one in reading:
-            one.reading.promote()
-        for one in reading:
-            one.reading.wait()
-            self._pool.place(one.layer, one.expert, one.slot)
-        return [(one.layer, one.expert) for one in reading]
-
     def drop(self, wait: bool = False) -> None:
         """Nothing of it is needed any more. wait: until all slots are free."""
         for one in self._reading.values():

@@ -68,7 +68,6 @@ class Executor:
         self._readings: list[Reading] = []
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
-        self._landed: set[tuple[int, int]] = set()  # read ahead for this pass, not asked for yet
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
 
     def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
@@ -102,7 +101,7 @@ class Executor:
                 self.ahead.drop(wait=True)
         resident = self.pool.slot_of[layer][need] >= 0
         hits, misses = need[resident], need[~resident]
-        self._count(layer, hits)
+        self.counters.hits += len(hits)
         self.counters.misses += len(misses)
         if not len(misses):
             self.pool.touch(layer, hits)
@@ -145,33 +144,12 @@ class Executor:
 
     def settled(self, note: Note, hits: np.ndarray) -> None:
         """A rehearsed call was the true one."""
-        self._count(note.layer, hits)
+        self.counters.hits += len(hits)
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 
-    def _count(self, layer: int, hits: np.ndarray) -> None:
-        """Resident experts are needed; those that had to be read for this pass are misses."""
-        read = self._landed and {(layer, e) for e in hits.tolist()} & self._landed
-        if read:
-            self._landed -= read
-            self.counters.misses += len(read)
-            self.counters.prefetch_used += len(read)
-            self.counters.bytes_wanted += len(read) * stored_bytes(self.arrays.format)
-        self.counters.hits += len(hits) - len(read or ())
-
-    def land(self) -> None:
-        """Wait for what is read ahead: it is resident from now on."""
-        began = time.perf_counter()
-        self._landed |= set(self.ahead.land())
-        self._tables.clear()
-        self.counters.io_wait_seconds += time.perf_counter() - began
-
     def release(self) -> None:
         """The pass is over: what is still read ahead is not needed."""
-        for layer, expert in self._landed:
-            if self.pool.slot_of[layer][expert] >= 0:
-                self.pool.unused(layer, expert)
-        self._landed.clear()
         if self.ahead.held:
             self._tables.clear()
             self.ahead.drop()
@@ -219,7 +197,6 @@ class Executor:
         self._tables.clear()
         self.pool = SlotPool(self.pool.slots, [layer.count for layer in self.layers])
         self.ahead = ReadAhead(self.pool)
-        self._landed.clear()
 
     def fill(self, progress: Callable[[int, int], None]) -> list[nn.Module]:
         """Read everything into an empty pool that holds it all; progress(bytes done, in all).

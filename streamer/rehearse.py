@@ -36,10 +36,6 @@ Choice = Literal["auto", "layerwise", "rehearse"]
 EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "rehearse")
 Saved = list[tuple[Any, dict[str, Any]]]
 
-# Rehearsals of a pass before it goes on layer by layer, what was named being waited for
-# between them: 3 take 2.4 read-backs a pass for 8.3, but cost more than they save on CPU,
-# and deepseek_v41 does not keep its bits.
-ROUNDS = 1
 TRIAL, PERIOD, RETRIAL = 6, 96, 3  # passes of a first trial; between trials; of a later one
 WINDOW = 24  # passes whose median is a way's cost
 
@@ -92,7 +88,7 @@ class Rehearsal:
         self._known: set[int] = set()  # ids of the caches of this pass
         self._at = -1
         self._first = 0  # the layer to resume at
-        self._noting = self._again = False  # in a rehearsal; after the first run of a pass
+        self._noting = False  # in a rehearsal
         self._running = False
         for index, layer in enumerate(layers):
             layer.__dict__["_rehearsal"] = self, index
@@ -121,7 +117,7 @@ class Rehearsal:
             return self._pass(forward, rows, list(leaves(cache)), cache)
         finally:
             self._running = False
-            self._first, self._noting, self._again = 0, False, False
+            self._first, self._noting = 0, False
             self._notes, self._outputs, self._after = [], [], []
             for run in self._runs:
                 run.note = None
@@ -139,56 +135,45 @@ class Rehearsal:
             for one, state in self._after[index]:
                 restore(one, state)
             return self._outputs[index]
-        if self._again:
+        if not self._noting:
             for one in caches:
                 forget(one)
-        if self._noting:
-            self._at = index
-            y = call()
-            self._outputs.append(y)
-            # what else a layer is given it may change too (kimi_k3's residual blocks)
-            others = [a for a in arguments if id(a) not in self._known and _holds(a)]
-            self._after.append([(thing, save(thing)) for thing in (*caches, *others)])
-            return y
-        return call()
+            return call()
+        self._at = index
+        y = call()
+        self._outputs.append(y)
+        # what else a layer is given it may change too (kimi_k3's residual blocks)
+        others = [a for a in arguments if id(a) not in self._known and _holds(a)]
+        self._after.append([(thing, save(thing)) for thing in (*caches, *others)])
+        return y
 
     def _pass(self, forward: Callable[[], Any], rows: int, caches: list[Any], cache: Any) -> Any:
         self._known = {id(c) for c in (*cache, *caches)}
         before = [(c, save(c)) for c in caches]
-        missed, rounds = None, ROUNDS
-        for again in range(1, rounds + 1):
-            y = self._rehearse(forward)
-            if not self._notes:
-                return y
-            named = [(at, note, note.run.named(note)) for at, note in self._notes]
-            layers = (at for at, _, (_, absent) in named if len(absent))
-            first = min(layers, default=len(self._outputs))
-            for at, note, (hits, _) in named:
-                if at < first:
-                    note.run.settled(note, hits)
-            self._counters.exact_layers += first - self._first
-            if first == len(self._outputs):
-                break
-            del y
-            if missed is None:
-                missed = self._counters.misses
-            self._fetch([(at - first, n, found) for at, n, found in named if at >= first], rows)
-            for one, state in before:
-                restore(one, state)
-            self._first, self._again = first, True
-            if again < rounds:
-                for run in self._runs:
-                    run.land()
-        else:
-            y = forward()
-        if missed is not None:
-            self._counters.rehearsed_misses += self._counters.misses - missed
+        y = self._rehearse(forward)
+        if not self._notes:
+            return y
+        named = [(at, note, note.run.named(note)) for at, note in self._notes]
+        layers = (at for at, _, (_, absent) in named if len(absent))
+        first = min(layers, default=len(self._outputs))
+        for at, note, (hits, _) in named:
+            if at < first:
+                note.run.settled(note, hits)
+        self._counters.exact_layers += first
+        if first == len(self._outputs):
+            return y
+        del y
+        missed = self._counters.misses
+        self._fetch([(at - first, n, found) for at, n, found in named if at >= first], rows)
+        for one, state in before:
+            restore(one, state)
+        self._first = first
+        y = forward()
+        self._counters.rehearsed_misses += self._counters.misses - missed
         return y
 
     def _rehearse(self, forward: Callable[[], Any]) -> Any:
-        """Run from the layer to resume at, and read back what was chosen."""
-        self._notes = []
-        del self._outputs[self._first :], self._after[self._first :]
+        """Run with what is resident, and read back what was chosen."""
         for run in self._runs:
             run.note = lambda note: self._notes.append((self._at, note))
         self._noting = True

@@ -152,8 +152,8 @@ class Speculation:
             row = rows(logits, mx.concatenate([last, *before]))
             return rule.draft(row).astype(last.dtype)
 
+        self._drafting = []
         if isinstance(self.depth, Fixed):
-            self._drafting = []
             return self.drafter.draft(count, choose)
         depth, began = self.depth, time.perf_counter()
 
@@ -166,7 +166,6 @@ class Speculation:
             began = now
             return depth.goes_on(confidence.item(), count)  # type: ignore[arg-type]
 
-        self._drafting = []
         return self.drafter.draft(count, choose, goes_on)
 
 
