@@ -61,9 +61,9 @@ def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
     Of one layer, as MLX evaluates layer by layer when it streams, in float32:
     activations, the gathered rows of its experts, three copies of the attention
     scores, which the CPU back end materialises, a recurrent state for every token,
-    as mlx-lm's loop over tokens leaves them and the kernel does not, and latent
-    attention's keys and values of every head. 1.1 to 1.6 times the peaks measured at
-    true shapes (docs/LOG.md).
+    as mlx-lm's loop over tokens leaves them (the kernel has one before, one after and
+    a copy of each), and latent attention's keys and values of every head. 1.1 to 1.6
+    times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
     heads = opened.text("num_attention_heads", 32)
@@ -72,13 +72,14 @@ def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
     rows = min(context, opened.text("max_position_embeddings", context))
     row = 3 * (32 * hidden + opened.top_k * (6 * hidden + 4 * inner))
     state = 0 if mx.default_device() == mx.Device(mx.gpu) else opened.state_bytes
-    states = 0 if fast.keeps_one_state(opened.text("linear_key_head_dim", 0)) else 3 * state // 2
+    one = fast.keeps_one_state(opened.text("linear_key_head_dim", 0))
+    states = 0 if one else 3 * state // 2
     latent = opened.text("kv_lora_rank", 0)
     width = opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
     expanded = 5 * heads * (latent + width) if opened.cache_row < 4 * heads * width else 0
     return (
         chunk * (row + 12 * heads * rows + states)
-        + 8 * state
+        + (4 if one else 8) * state
         + (expanded * rows if latent else 0)
         + 24 * vocabulary
         + (8 << 20)
