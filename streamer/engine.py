@@ -81,11 +81,12 @@ def generate(
     _prefill(model, tokens, cache, timing, on_prompt, speculation)
     run = _Run(model, cache, sampler, processors, tokens[:-1], timing, speculation)
     rule = rule_for(sampler, seeded=seeded)
+    pass_began = time.perf_counter()
     queued: _Passed | None = run.one(mx.array(list(tokens[-1:])))
     on_prompt(len(tokens), len(tokens))
     timing.prompt_tokens += len(tokens)
     n = checked = depth = 0
-    step_began = began
+    step_began = pass_began
     while True:
         block: Block | None = None
         following = 0
@@ -94,6 +95,7 @@ def generate(
         if block:
             chosen, rows = block.chosen, block.rows
         else:
+            pass_began = step_began if queued else time.perf_counter()
             passed = queued or run.one(run.last)
             left = max_tokens - n - 1
             following = _depth(speculation, left)
@@ -102,6 +104,8 @@ def generate(
             queued = run.one(passed.token) if ahead else None
             chosen, rows = [int(passed.token.item())], [passed.logprobs]  # type: ignore[arg-type]
         now = time.perf_counter()
+        if streamer.watch is not None and not block:
+            streamer.watch.step("decode", 1, now - pass_began)
         if n == 0:
             timing.prompt_seconds += now - began
             began = now
@@ -218,11 +222,14 @@ def _prefill(
     while (left := len(tokens) - 1 - timing.cached) > 0:
         end = timing.cached + min(chunk, left)
         part = tokens[timing.cached : end]
+        began = time.perf_counter()
         model(mx.array(list(part))[None], cache=cache)
         mx.eval([c.state for c in cache])
         if speculation:
             following = mx.array(list(tokens[timing.cached + 1 : end + 1]))
             mx.eval(speculation.prompt(following))
+        if streamer.watch is not None:
+            streamer.watch.step("prefill", len(part), time.perf_counter() - began)
         mx.clear_cache()
         streamer.check()
         timing.cached += len(part)

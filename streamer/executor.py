@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,12 +31,14 @@ from .pairs import Pairs
 from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
+from .watch import Watch
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 SCRATCH_BATCH = 16  # experts read ahead at once in prefill
 WAVE_BYTES = 512 << 10  # absent experts are waited for by this much
 MAX_UNREAD = 256  # calls of covered layers whose choices wait to be counted
 MAX_PAIRS = 4096  # pairs computed at once, which bounds prefill's transients
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,7 @@ class Executor:
     """All layers of one expert format, their pool and the reads that fill it."""
 
     def __init__(
-        self,
-        layers: Sequence[LayerExperts],
-        slots: int,
-        store: Store,
-        counters: Counters,
+        self, layers: Sequence[LayerExperts], slots: int, store: Store, counters: Counters
     ):
         self.layers = list(layers)
         self.pool = SlotPool(slots, [layer.count for layer in layers])
@@ -69,6 +68,8 @@ class Executor:
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
+        self.watch: Watch | None = None
+        self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
 
     def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         """x [..., D], indices [..., k] -> [..., k, D]; `inner` is bound to the pool.
@@ -103,6 +104,8 @@ class Executor:
         hits, misses = need[resident], need[~resident]
         self.counters.hits += len(hits)
         self.counters.misses += len(misses)
+        if self.watch is not None:
+            self.watch.chose(self.numbers[layer], ids, len(misses))
         if not len(misses):
             self.pool.touch(layer, hits)
             return self._track(inner(x, self._slots(layer, ids)))
@@ -145,6 +148,8 @@ class Executor:
     def settled(self, note: Note, hits: np.ndarray) -> None:
         """A rehearsed call was the true one."""
         self.counters.hits += len(hits)
+        if self.watch is not None:
+            self.watch.chose(self.numbers[note.layer], np.array(note.indices), 0)
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 
@@ -166,11 +171,7 @@ class Executor:
         self.counters.prefetched += len(new)
 
     def load(
-        self,
-        layer: int,
-        experts: Sequence[int],
-        slots: Sequence[int],
-        guess: float | None = None,
+        self, layer: int, experts: Sequence[int], slots: Sequence[int], guess: float | None = None
     ) -> Reading:
         """Start reading `experts` into `slots`, which nothing reads any more.
 
@@ -237,20 +238,20 @@ class Executor:
         there, coming = [hits], []
         for experts, reading in parts:
             if reading.done:
-                self._wait(reading)
+                self._wait(reading.wait)
                 there.append(experts)
             else:
                 coming.append((experts, reading))
         ready = np.concatenate(there)
         if not len(ready) and len(coming) == 1:
-            self._wait(coming.pop()[1])
+            self._wait(coming.pop()[1].wait)
         if not coming:
             return self._track(inner(x, self._slots(layer, ids)))
         table, flat = self.pool.slot_of[layer], ids.reshape(-1)
         pairs, outputs, order = Pairs(x, ids), [], []
         for experts, arrives in [(ready, None), *coming]:
             if arrives is not None:
-                self._wait(arrives)
+                self._wait(arrives.wait)
             if len(experts):
                 order.append(np.flatnonzero(np.isin(flat, experts)))
                 outputs.append(pairs.run(inner, table, order[-1]))
@@ -288,7 +289,8 @@ class Executor:
                 order.append(part)
                 mx.eval(outputs[-1])
 
-        misses = self._disk_order(layer, misses)
+        starts = self.layers[layer].starts[0]
+        misses = misses[np.argsort(starts[misses], kind="stable")]  # as they lie on disk
         homes = self._homes(layer, flat, misses)
         batch = self._batch
         batches = np.split(misses, range(batch, len(misses), batch))
@@ -314,7 +316,7 @@ class Executor:
         for i, experts in enumerate(batches):
             if len(scratch) == 2 and i + 1 < len(batches):
                 start(i + 1)
-            self._wait(readings[i])
+            self._wait(readings[i].wait)
             compute(experts)
             if len(scratch) == 1 and i + 1 < len(batches):
                 start(i + 1)
@@ -343,17 +345,17 @@ class Executor:
         """Experts of one scratch batch: a sixteenth of the pool, at most."""
         return max(1, min(SCRATCH_BATCH, self.pool.slots // 16))
 
-    def _disk_order(self, layer: int, experts: np.ndarray) -> np.ndarray:
-        starts = self.layers[layer].starts[0]
-        return experts[np.argsort(starts[experts], kind="stable")]
-
     def _slots(self, layer: int, ids: np.ndarray) -> mx.array:
         return mx.array(self.pool.slot_of[layer][ids])
 
-    def _wait(self, reading: Reading) -> None:
+    def _wait(self, wait: Callable[[], T]) -> T:
         began = time.perf_counter()
-        reading.wait()
-        self.counters.io_wait_seconds += time.perf_counter() - began
+        result = wait()
+        seconds = time.perf_counter() - began
+        self.counters.io_wait_seconds += seconds
+        if self.watch is not None:
+            self.watch.waited(seconds)
+        return result
 
     def _track(self, y: mx.array) -> mx.array:
         self._unsettled.append(y)
@@ -364,7 +366,10 @@ class Executor:
         mx.eval(self._unsettled)
         self._unsettled.clear()
         for layer, indices in self._unread:
-            experts = np.unique(np.array(indices))
+            ids = np.array(indices)
+            experts = np.unique(ids)
             self.counters.hits += len(experts)
+            if self.watch is not None:
+                self.watch.chose(self.numbers[layer], ids, 0)
             self.pool.touch(layer, experts)
         self._unread.clear()

@@ -35,6 +35,7 @@ from .probe import choose_backend
 from .rehearse import Choice, Rehearsal, decoder_layers
 from .store import Backend, Store
 from .trunk import load_trunk
+from .watch import Watch
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 
@@ -63,6 +64,20 @@ class Streamer:
         self.counters = Counters()
         self.executors: list[Executor] = []
         self.learnt: dict[str, Any] = {}  # what one generation leaves for the next
+        self._watch: Watch | None = None
+
+    @property
+    def watch(self) -> Watch | None:
+        """Told of passes, choices, waits and reads; see `streamer.watch`."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, watch: Watch | None) -> None:
+        self._watch = watch
+        for run in self.executors:
+            run.watch = watch
+        if self.store is not None:
+            self.store.watch = watch
 
     @property
     def resident(self) -> bool:
@@ -258,8 +273,10 @@ def _open_store(
 
 def _swap(streamer: Streamer, opened: Opened, budget: Budget, store: Store) -> None:
     swapped: list[tuple[str, nn.Module]] = []
+    numbers = {layer.path: i for i, layer in enumerate(opened.layers)}
     for layers, slots in zip(opened.groups.values(), budget.slots, strict=True):
         executor = Executor(layers, slots, store, streamer.counters)
+        executor.numbers = [numbers[layer.path] for layer in layers]
         streamer.executors.append(executor)
         swapped += [(x.path, _streamed(executor, i, x)) for i, x in enumerate(layers)]
     opened.model.update_modules(tree_unflatten(swapped))

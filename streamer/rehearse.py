@@ -150,7 +150,10 @@ class Rehearsal:
     def _pass(self, forward: Callable[[], Any], rows: int, caches: list[Any], cache: Any) -> Any:
         self._known = {id(c) for c in (*cache, *caches)}
         before = [(c, save(c)) for c in caches]
+        began = time.perf_counter()
         y = self._rehearse(forward)
+        if (watch := self._runs[0].watch) is not None:
+            watch.step("rehearse", rows, time.perf_counter() - began)
         if not self._notes:
             return y
         named = [(at, note, note.run.named(note)) for at, note in self._notes]

@@ -110,7 +110,11 @@ class Speculation:
         None where no draft was worth a row; nothing of the trunk has run then.
         """
         rule.begin()
+        watch, began = self.model.streamer.watch, time.perf_counter()
         made = self._draft(last, count, rule, rows)
+        if watch is not None:
+            watch.step("draft", len(made), time.perf_counter() - began)
+            began = time.perf_counter()
         if not made:
             rule.end(0)
             return None
@@ -135,6 +139,8 @@ class Speculation:
         c.accepted += min(accepted, end + 1)
         c.verify_passes += 1
         c.near_ties += int(ties[: end + 1].sum().item())  # type: ignore[arg-type]
+        if watch is not None:
+            watch.step("verify", count + 1, time.perf_counter() - began)
         return Block(self, tape, rule, chosen[: end + 1], accepted, probable, hidden, tokens)
 
     def _draft(

@@ -29,6 +29,7 @@ from .backends import Direct, Mapped, Pread
 from .errors import StreamerError, UsageError
 from .ranges import Piece, Run, cut, merge
 from .read_queue import Guess, ReadQueue
+from .watch import Watch
 
 __all__ = ["BACKENDS", "Backend", "Counters", "Piece", "Store", "Ticket"]
 
@@ -57,11 +58,12 @@ class Counters:
 class Ticket:
     """The reads of one `Store.read` call."""
 
-    __slots__ = ("_busy", "_error", "_guesses", "_left", "_store")
+    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store")
 
     def __init__(self, store: Store, reads: int):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
+        self._asked = 0.0 if store.watch is None else time.perf_counter()
         self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
         self._busy = threading.Lock()  # released with the last read
@@ -149,6 +151,15 @@ class Store:
         self._close = weakref.finalize(self, self._engine.stop)
 
     @property
+    def watch(self) -> Watch | None:
+        """Told of every read."""
+        return self._engine.watch
+
+    @watch.setter
+    def watch(self, watch: Watch | None) -> None:
+        self._engine.watch = watch
+
+    @property
     def guess_bytes(self) -> int:
         """Bytes of guesses under way at once, at most (one read at least); 0 starts none."""
         return self._engine.queue.guess_bytes
@@ -209,6 +220,7 @@ class _Engine:
         self.source = source
         self.counters = counters
         self.lock = threading.Lock()
+        self.watch: Watch | None = None
         self._throttle = throttle
         self._free_at = 0.0  # when the throttled disk will have done all it has accepted
         self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
@@ -244,6 +256,8 @@ class _Engine:
             self._finish(ticket)
             return
         error, asked = None, 0
+        watch = self.watch if ticket._asked else None  # one that came later knows no start
+        began = 0.0 if watch is None else time.perf_counter()
         until = self._reserve(run.nbytes)
         try:
             asked = self.source.fetch(*run)
@@ -257,6 +271,8 @@ class _Engine:
             error.__cause__ = problem
         if until:
             time.sleep(max(0.0, until - time.monotonic()))
+        if watch is not None and error is None:
+            watch.read(asked, began - ticket._asked, time.perf_counter() - began)
         self._finish(ticket, error, asked)
 
     def _reserve(self, nbytes: int) -> float:
