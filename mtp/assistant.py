@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .head import Head, Trunk
+from .head import Head, Leave, Trunk
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _CACHES = "_mtp_caches"
@@ -104,8 +104,9 @@ class Assistant(Head):
         step: int = 0,
         *,
         last: bool = False,
+        leave: Leave = "all",
     ) -> tuple[mx.array, mx.array]:
-        """As `Head`'s, of the last row alone whatever `last` says: [B, 1, V] and [B, 1, D].
+        """As `Head`'s, of the last row alone whatever is asked for: [B, 1, V] and [B, 1, D].
 
         hidden: of the last row that the trunk's caches hold; tokens: the one after it.
         """

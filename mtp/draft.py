@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .head import Head
+from .head import Head, Leave
 
 WAITING = 16  # verified rows that wait for the next draft
 Choose = Callable[[mx.array, Sequence[mx.array]], mx.array]  # logits [1, V], drafts -> token [1]
@@ -63,9 +63,12 @@ class Drafter:
         _trim(self.cache, surplus)
         self._late = [None] * self._units
 
-    def catch_up(self, *, all_rows: bool = False) -> None:
-        """Run the head over what was noted since the last time; all_rows: of a prompt."""
-        if not all_rows:
+    def catch_up(self, *, prompt: bool = False) -> None:
+        """Run the head over what was noted since the last time.
+
+        prompt: over all of it, and more is noted before the next draft.
+        """
+        if not prompt:
             self._shorten()
         if not self._waiting:
             return
@@ -81,11 +84,19 @@ class Drafter:
                 self._late[unit] = hidden[:, count:]
                 if count == 0:
                     return
+            # only the next unit takes all rows on
+            final = unit == self._units - 1
+            leave: Leave = "all" if not final else "none" if prompt else "last"
             logits, hidden = self.head(
-                hidden[:, :count], tokens[None, tokens.size - count :], self.cache, unit, last=True
+                hidden[:, :count],
+                tokens[None, tokens.size - count :],
+                self.cache,
+                unit,
+                last=True,
+                leave=leave,
             )
             if not unit:
-                self._first = logits, hidden[:, -1:]
+                self._first = None if leave == "none" else (logits, hidden[:, -1:])
 
     def draft(self, count: int, choose: Choose, goes_on: GoesOn | None = None) -> list[mx.array]:
         """Up to `count` >= 1 tokens [1] after the last noted one, not evaluated.

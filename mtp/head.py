@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache as memo
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 Hidden = Literal["post_norm", "pre_norm"]
+Leave = Literal["all", "last", "none"]  # the rows whose output is wanted; all leave keys and values
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,31 @@ class Unit(nn.Module):
         self._caches = tuple(caches or [KVCache] * len(self.blocks))
         self._embedding_first = embedding_first
         self._window, self._mask_array = window, mask_array
+        self._tail = max((i for i, make in enumerate(self._caches) if make), default=-1)
+        # what follows the last attention sees single rows only: it may be left out of the others
+        if self._tail >= 0 and "mlp" in (block := self.blocks[self._tail]):
+            block.mlp.__dict__["_leave"] = "all"
+            block.mlp.__class__ = _leaving(type(block.mlp))
 
     def make_cache(self) -> list[Any]:
         return [make() for make in self._caches if make is not None]
 
-    def __call__(self, embedded: mx.array, hidden: mx.array, cache: Sequence[Any]) -> mx.array:
-        """[B, T, D] twice -> [B, T, D] before `norm`; the caches grow by T."""
+    def __call__(
+        self,
+        embedded: mx.array,
+        hidden: mx.array,
+        cache: Sequence[Any],
+        leave: Leave = "all",
+    ) -> mx.array:
+        """[B, T, D] twice -> [B, T, D] before `norm`; the caches grow by T.
+
+        leave: "last" gives [B, 1, D], "none" that of no use; no more than keys and values are
+        computed for the other rows, and none of their experts is read.
+        """
         pair = [self.embed_norm(embedded), self.hidden_norm(hidden)]
         x = self.join(mx.concatenate(pair if self._embedding_first else pair[::-1], axis=-1))
         left = iter(cache)
-        for block, make in zip(self.blocks, self._caches, strict=True):
+        for i, (block, make) in enumerate(zip(self.blocks, self._caches, strict=True)):
             if make is None:
                 x = block(x)
                 continue
@@ -108,8 +125,39 @@ class Unit(nn.Module):
             mask = create_attention_mask(
                 x, first, window_size=self._window, return_array=self._mask_array
             )
-            x = block(x, mask, own)
+            if i < self._tail or leave == "all":
+                x = block(x, mask, own)
+                continue
+            x = self._last_attention(block, leave)(x, mask, own)[:, -1:]
+            if leave == "none":
+                break
         return x
+
+    def _last_attention(self, block: nn.Module, leave: Leave) -> Callable[..., mx.array]:
+        def call(*args: Any) -> mx.array:
+            if "mlp" not in block:
+                return block(*args)
+            block.mlp.__dict__["_leave"] = leave
+            try:
+                return block(*args)  # its sum with the other rows means nothing
+            finally:
+                block.mlp.__dict__["_leave"] = "all"
+
+        return call
+
+
+@memo
+def _leaving(kind: type[nn.Module]) -> type[nn.Module]:
+    """A feed-forward part that can leave out all rows but the last: [B, T, D] -> [B, 1, D]."""
+
+    def call(self: Any, x: mx.array, *args: Any) -> mx.array:
+        leave: Leave = self.__dict__["_leave"]
+        if leave == "all":
+            return kind.__call__(self, x, *args)
+        x = x[:, -1:]
+        return mx.zeros_like(x) if leave == "none" else kind.__call__(self, x, *args)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 class Head(nn.Module):
@@ -148,6 +196,7 @@ class Head(nn.Module):
         step: int = 0,
         *,
         last: bool = False,
+        leave: Leave = "all",
     ) -> tuple[mx.array, mx.array]:
         """Draft one token further for each row.
 
@@ -155,10 +204,11 @@ class Head(nn.Module):
         or what the step before returned. tokens: [B, T], the tokens t+1+step.. that
         follow. cache: from `make_cache`; only the unit of `step` adds rows to its own.
         Returns logits [B, T, V] of the tokens after those, and hidden [B, T, D] for
-        the next step. last: logits [B, 1, V] of the last row alone.
+        the next step. last: logits [B, 1, V] of the last row alone. leave: rows whose logits
+        and hidden are wanted; less than "all" gives one row of both, for "none" of no use.
         """
         unit = self.units[min(step, self.depth - 1)]
-        x = unit(self.trunk.embed(tokens), hidden, self.cache_of(cache, step))
+        x = unit(self.trunk.embed(tokens), hidden, self.cache_of(cache, step), leave)
         normed = unit.norm(x)
         ends = normed[:, -1:] if last else normed
         logits = unit.lm_head(ends) if "lm_head" in unit else self.trunk.logits(ends)

@@ -80,7 +80,7 @@ class Speculation:
         Returns what is to be evaluated with it.
         """
         self.drafter.note(self.hidden(), tokens)
-        self.drafter.catch_up(all_rows=True)
+        self.drafter.catch_up(prompt=True)
         flat: Any = tree_flatten([c.state for c in self.drafter.cache])
         return [array for _, array in flat if isinstance(array, mx.array)]
 

@@ -65,6 +65,9 @@ def test_the_cases_accept_and_reject(case: Case) -> None:
     assert 10 < sum(drafted) < COUNT - 4
 
 
+ROWS = mx.array(np.random.default_rng(2).integers(0, 320, (1, 12)))
+
+
 @pytest.mark.parametrize("at", range(1, 14, 2))
 def test_an_end_token_inside_a_block(case: Case, at: int) -> None:
     case.tokenizer.eos_token_ids = {case.plain[at]}
@@ -162,10 +165,12 @@ def test_a_prompt_of_many_chunks(family: str, tmp_path: Path) -> None:
 
     def after(step: int, *, prompt: bool) -> tuple[np.ndarray, int]:
         drafter, seen = Drafter(head, 2), []
-        for at in range(0, 149, step):
-            drafter.note(states[:, at : at + step], tokens[at + 1 : at + 1 + step])
+        for at in range(0, 148, step):
+            end = min(at + step, 148)
+            drafter.note(states[:, at:end], tokens[at + 1 : end + 1])
             if prompt:
-                drafter.catch_up(all_rows=True)
+                drafter.catch_up(prompt=True)
+        drafter.note(states[:, 148:], tokens[149:])
         drafter.draft(1, lambda logits, _: seen.append(logits) or mx.argmax(logits, axis=-1))
         assert drafter.rows == 149
         return np.array(seen[0]), drafter.cache[0].offset
@@ -177,6 +182,26 @@ def test_a_prompt_of_many_chunks(family: str, tmp_path: Path) -> None:
         assert rows == 149 and np.abs(logits - whole).max() < 1e-4
     logits, rows = after(1, prompt=False)
     assert rows == WAITING and np.isfinite(logits).all()
+    model.streamer.close()
+
+
+def test_a_prompt_asks_for_no_expert_of_the_head(tmp_path: Path) -> None:
+    model = load_streamed(make_head("qwen3_next", tmp_path), slots=16, mtp=True)
+    head, counters = model.streamer.opened.head, model.streamer.counters
+    assert head
+    drafter = Drafter(head, 2)
+    states = mx.array(np.random.default_rng(1).standard_normal(head.trunk.embed(ROWS).shape))
+
+    def asked() -> int:
+        return counters.hits + counters.misses
+
+    drafter.note(states.astype(mx.float32), ROWS[0])
+    drafter.catch_up(prompt=True)
+    mx.eval([c.state for c in drafter.cache])
+    assert asked() == 0 and drafter.cache[0].offset == 12
+    drafter.note(states[:, :4].astype(mx.float32), ROWS[0, :4])
+    drafter.catch_up()
+    assert 0 < asked() <= model.args.num_experts_per_tok  # one row's
     model.streamer.close()
 
 

@@ -89,6 +89,31 @@ def test_every_family_loads_and_computes(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", HEADS)
+def test_rows_that_leave_keys_and_values_only(tmp_path: Path, family: str) -> None:
+    model, opened = load(make_head(family, tmp_path / family))
+    head = opened.head
+    assert head is not None
+    hidden = states(head, TOKENS).astype(mx.float32)
+    for step in range(head.depth):
+        caches = [head.make_cache() for _ in range(3)]
+        whole, state = head(hidden, TOKENS, caches[0], step)
+        mx.eval(whole, state)
+        logits, last = head(hidden, TOKENS, caches[1], step, leave="last")
+        mx.eval(logits, last)
+        assert logits.shape[1] == last.shape[1] == 1
+        assert mx.allclose(logits, whole[:, -1:], atol=1e-5)
+        assert mx.allclose(last, state[:, -1:], atol=1e-5)
+        head(hidden, TOKENS, caches[2], step, leave="none")
+        for a, b, c in zip(*caches, strict=True):
+            for x, y, z in zip(a.state, b.state, c.state, strict=True):
+                if isinstance(x, mx.array):
+                    assert mx.array_equal(x, y) and mx.array_equal(x, z)
+        again, _ = head(hidden, TOKENS, head.make_cache(), step)  # and nothing stays switched off
+        assert mx.array_equal(again, whole)
+    model.streamer.close()
+
+
+@pytest.mark.parametrize("family", HEADS)
 def test_rows_one_by_one(tmp_path: Path, family: str) -> None:
     model, opened = load(make_head(family, tmp_path / family))
     head = opened.head
