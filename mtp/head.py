@@ -96,7 +96,7 @@ class Unit(nn.Module):
         # what follows the last attention sees single rows only: it may be left out of the others
         if self._tail >= 0 and "mlp" in (block := self.blocks[self._tail]):
             block.mlp.__dict__["_leave"] = "all"
-            block.mlp.__class__ = _leaving(type(block.mlp))
+            block.mlp.__class__ = _leaving(block.mlp.__class__)
 
     def make_cache(self) -> list[Any]:
         return [make() for make in self._caches if make is not None]
