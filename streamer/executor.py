@@ -5,7 +5,7 @@ absent experts are read from disk while the resident ones compute, and the
 results are put together row by row. In float32 on CPU the results are the bits
 that mlx-lm gives with all experts in memory.
 
-A call with few rows (decode, verify) brings its experts into the pool by LRU.
+A call with few rows (decode, verify) brings its experts into the pool, which evicts others.
 A call whose union does not fit, or with many rows (prefill), walks the absent
 experts in disk order through a few scratch slots, one batch read ahead, so
 that each is read once and what decoding uses stays.
@@ -27,6 +27,7 @@ from .ahead import ReadAhead, Reading
 from .counters import Counters
 from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
+from .lrfu import Lrfu
 from .pairs import Pairs
 from .pool import SlotPool
 from .slots import SlotArrays
@@ -58,7 +59,7 @@ class Executor:
         self, layers: Sequence[LayerExperts], slots: int, store: Store, counters: Counters
     ):
         self.layers = list(layers)
-        self.pool = SlotPool(slots, [layer.count for layer in layers])
+        self.pool: SlotPool = Lrfu(slots, [layer.count for layer in layers])
         self.arrays = SlotArrays(layers[0].format, slots)
         self.counters = counters
         self._store = store
@@ -92,6 +93,7 @@ class Executor:
         ids = np.array(indices)
         self.counters.syncs += 1
         self._settle()
+        self.pool.chose(layer, ids)
         need = np.unique(ids)
         decodes = ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots
         if held := self.ahead.held:
@@ -148,13 +150,16 @@ class Executor:
     def settled(self, note: Note, hits: np.ndarray) -> None:
         """A rehearsed call was the true one."""
         self.counters.hits += len(hits)
+        ids = np.array(note.indices)
+        self.pool.chose(note.layer, ids)
         if self.watch is not None:
-            self.watch.chose(self.numbers[note.layer], np.array(note.indices), 0)
+            self.watch.chose(self.numbers[note.layer], ids, 0)
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 
     def release(self) -> None:
         """The pass is over: what is still read ahead is not needed."""
+        self.pool.expect_nothing()
         if self.ahead.held:
             self._tables.clear()
             self.ahead.drop()
@@ -196,7 +201,7 @@ class Executor:
         self._unsettled.clear()
         self._unread.clear()
         self._tables.clear()
-        self.pool = SlotPool(self.pool.slots, [layer.count for layer in self.layers])
+        self.pool = Lrfu(self.pool.slots, [layer.count for layer in self.layers])
         self.ahead = ReadAhead(self.pool)
 
     def fill(self, progress: Callable[[int, int], None]) -> list[nn.Module]:
@@ -229,7 +234,7 @@ class Executor:
         parts = self.ahead.arriving(layer, misses)
         early = np.concatenate([misses[:0], *(experts for experts, _ in parts)])
         self.counters.prefetch_used += len(early)
-        keep = (layer, frozenset([*hits.tolist(), *early.tolist()]))
+        keep = (layer, frozenset([*hits.tolist(), *misses.tolist()]))  # those placed here too
         for wave in self._waves(np.setdiff1d(misses, early)):
             slots = self.pool.take(len(wave), keep)
             parts.append((wave, self.load(layer, wave.tolist(), slots)))
@@ -371,5 +376,6 @@ class Executor:
             self.counters.hits += len(experts)
             if self.watch is not None:
                 self.watch.chose(self.numbers[layer], ids, 0)
+            self.pool.chose(layer, ids)
             self.pool.touch(layer, experts)
         self._unread.clear()

@@ -2,13 +2,11 @@
 
 Each is a `streamer.pool.SlotPool` with another order of victims:
 
-    lru      least recently used (the runtime's own)
+    lrfu     by recency, frequency and the layer's turn (the runtime's own: `streamer.lrfu`)
+    lru      least recently used
     lfu      least often used since the start, the oldest of equals
     s3fifo   a small queue, a main queue and a ghost (Yang et al., SOSP 2023)
     belady   whose next use lies furthest ahead; needs the future, so an upper bound
-
-On a trained model the policies lie within a few points of each other, which is why
-the runtime keeps the simplest.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from .lrfu import Lrfu
 from .pool import SlotPool
 
 Key = tuple[int, int]  # layer of the pool, expert
@@ -40,7 +39,7 @@ class Lfu(SlotPool):
         super().place(layer, expert, slot)
         self._uses[layer][expert] += 1
 
-    def victims(self) -> Iterator[Key]:
+    def victims(self, wanted: int | None = None) -> Iterator[Key]:
         yield from sorted(super().victims(), key=lambda key: self._uses[key[0]][key[1]])
 
 
@@ -84,7 +83,7 @@ class S3Fifo(SlotPool):
         else:
             self._main.remove(key)
 
-    def victims(self) -> Iterator[Key]:
+    def victims(self, wanted: int | None = None) -> Iterator[Key]:
         """Promotes and requeues as it goes; what is offered and not evicted comes again."""
         offered: set[Key] = set()
         while len(offered) < len(self._freq):
@@ -126,13 +125,14 @@ class Belady(SlotPool):
         self._next[layer][chosen] = self._after[self._at]
         self._at += 1
 
-    def victims(self) -> Iterator[Key]:
+    def victims(self, wanted: int | None = None) -> Iterator[Key]:
         yield from sorted(
             super().victims(), key=lambda key: self._next[key[0]][key[1]], reverse=True
         )
 
 
 POLICIES: dict[str, Callable[[int, Sequence[int], Future], SlotPool]] = {
+    "lrfu": lambda slots, experts, _: Lrfu(slots, experts),
     "lru": lambda slots, experts, _: SlotPool(slots, experts),
     "lfu": lambda slots, experts, _: Lfu(slots, experts),
     "s3fifo": lambda slots, experts, _: S3Fifo(slots, experts),

@@ -2,7 +2,7 @@
 
 Plain data, no arrays of weights and no disk: a free list, an LRU order over
 (layer, expert) and a slot table per layer. One pool serves all layers whose
-experts have the same format.
+experts have the same format. The runtime evicts in another order: `streamer.lrfu`.
 
     pool = SlotPool(slots=8, experts=[32] * 8)
     pool.place(0, 5, *pool.take(1))
@@ -32,10 +32,20 @@ class SlotPool:
         """Every expert of the layer is resident."""
         return self.resident[layer] == len(self.slot_of[layer])
 
+    def chose(self, layer: int, ids: np.ndarray) -> None:
+        """A router chose ids [..., k], rows in order; told before the pool changes for them."""
+
     def touch(self, layer: int, experts: Iterable[int]) -> None:
         """Mark resident experts as the most recently used."""
         for expert in experts:
             self._lru.move_to_end((layer, int(expert)))
+
+    def expect(self, layer: int, experts: Iterable[int]) -> None:
+        """This pass is to use these resident experts later: they are the last to be evicted."""
+        self.touch(layer, experts)
+
+    def expect_nothing(self) -> None:
+        """The pass is over."""
 
     def take(self, n: int, keep: tuple[int, frozenset[int]] | None = None) -> list[int]:
         """Free `n` slots, evicting the least recently used; the caller owns them.
@@ -46,7 +56,7 @@ class SlotPool:
         short = n - len(self.free)
         if short > 0:
             victims: list[tuple[int, int]] = []
-            for key in self.victims():
+            for key in self.victims(short + (len(keep[1]) if keep else 0)):
                 if len(victims) == short:
                     break
                 if keep is None or key[0] != keep[0] or key[1] not in keep[1]:
@@ -57,8 +67,11 @@ class SlotPool:
                 self.evict(layer, expert)
         return [self.free.pop() for _ in range(n)]
 
-    def victims(self) -> Iterator[tuple[int, int]]:
-        """Resident (layer, expert) in the order they are evicted: least recently used first."""
+    def victims(self, wanted: int | None = None) -> Iterator[tuple[int, int]]:
+        """Resident (layer, expert) in the order they are evicted: least recently used first.
+
+        wanted: how many are likely to be looked at; None for all.
+        """
         return iter(self._lru)
 
     def place(self, layer: int, expert: int, slot: int) -> None:

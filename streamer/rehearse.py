@@ -34,7 +34,7 @@ from .executor import Executor, Note
 
 Choice = Literal["auto", "layerwise", "rehearse"]
 EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "rehearse")
-Saved = list[tuple[Any, dict[str, Any]]]
+Saved = list[tuple[Any, int | None, dict[str, Any]]]  # thing, its place if no cache, what it held
 
 TRIAL, PERIOD, RETRIAL = 6, 96, 3  # passes of a first trial; between trials; of a later one
 WINDOW = 24  # passes whose median is a way's cost
@@ -132,8 +132,10 @@ class Rehearsal:
             return call()
         caches = [c for a in arguments if id(a) in self._known for c in leaves([a])]
         if index < self._first:
-            for one, state in self._after[index]:
-                restore(one, state)
+            for thing, place, state in self._after[index]:
+                restore(thing, state)
+                if place is not None and arguments[place] is not thing:  # another in every pass
+                    restore(arguments[place], state)
             return self._outputs[index]
         if not self._noting:
             for one in caches:
@@ -142,9 +144,12 @@ class Rehearsal:
         self._at = index
         y = call()
         self._outputs.append(y)
-        # what else a layer is given it may change too (kimi_k3's residual blocks)
-        others = [a for a in arguments if id(a) not in self._known and _holds(a)]
-        self._after.append([(thing, save(thing)) for thing in (*caches, *others)])
+        # what else a layer is given it may change too (kimi_k3's residual blocks, deepseek_v41's
+        # dictionary of what layers share)
+        numbered = enumerate(arguments)
+        others = [(a, i) for i, a in numbered if id(a) not in self._known and _holds(a)]
+        things = [*((c, None) for c in caches), *others]
+        self._after.append([(thing, place, save(thing)) for thing, place in things])
         return y
 
     def _pass(self, forward: Callable[[], Any], rows: int, caches: list[Any], cache: Any) -> Any:
@@ -194,7 +199,7 @@ class Rehearsal:
         self, named: list[tuple[int, Note, tuple[np.ndarray, np.ndarray]]], rows: int
     ) -> None:
         for _, note, (hits, _) in named:
-            note.run.pool.touch(note.layer, hits)  # the last to be evicted
+            note.run.pool.expect(note.layer, hits)
         kept: Counter[int] = Counter()
         for _, note, (hits, _) in named:
             kept[id(note.run)] += len(hits)
@@ -225,7 +230,7 @@ def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[Any] | None:
 def save(thing: Any) -> dict[str, Any]:
     """What a cache holds now: references, since its arrays change past what is held only."""
     state: dict[str, Any] = {}
-    for name, value in vars(thing).items():
+    for name, value in _attributes(thing).items():
         if isinstance(value, list):
             state[name] = list(value)
         elif _holds(value):
@@ -235,8 +240,14 @@ def save(thing: Any) -> dict[str, Any]:
     return state
 
 
+def _attributes(thing: Any) -> dict[str, Any]:
+    return thing if type(thing) is dict else vars(thing)
+
+
 def _holds(value: Any) -> bool:
-    """An object with attributes of its own; not a function, an array or a module."""
+    """An object with attributes of its own, or a dictionary; not a function, array or module."""
+    if type(value) is dict:  # a module is one, too
+        return True
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, mx.array)
 
 
@@ -246,7 +257,7 @@ def restore(thing: Any, state: dict[str, Any]) -> None:
         if isinstance(value, _Inner):
             restore(value.thing, value.state)
             value = value.thing
-        vars(thing)[name] = list(value) if isinstance(value, list) else value
+        _attributes(thing)[name] = list(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Replay a recording on a pool of any size, by any policy: hits, misses, bytes.
 
     routes = Routes.load(path)
-    replay(routes, slots_of(routes, 0.5), "lru").hit_rate
+    replay(routes, slots_of(routes, 0.5), "lrfu").hit_rate
 
 The runtime's own `Executor` runs, over experts of one byte that nothing reads, so
 that what it would keep, walk or evict is decided by the same lines: with the
-recorded pool and LRU the counts equal the recorded run's. What other executors
+recorded pool and its policy the counts equal the recorded run's. What other executors
 guess and read ahead is not replayed.
 """
 
@@ -67,7 +67,7 @@ def slots_of(routes: Routes, share: float) -> tuple[int, ...]:
 def replay(
     routes: Routes,
     slots: Sequence[int],
-    policy: str = "lru",
+    policy: str = "lrfu",
     *,
     warm: Callable[[Sequence[Executor]], None] | None = None,
     on_call: Callable[[Call, np.ndarray, np.ndarray], None] = lambda call, absent, missed: None,

@@ -161,12 +161,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = str(tmp_path / "d.routes")
     record_demo = ["record", "--prompt", "def ", "--max-tokens", "12", "--out", out]
     assert trace.main(record_demo) == 0
-    assert trace.main(["replay", out, "--policy", "lru"]) == 0
+    assert trace.main(["replay", out, "--policy", "lrfu"]) == 0
     assert "as recorded" in capsys.readouterr().out
     assert trace.main(["replay", out, "--pool", "25%,75%", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["replays"]
     rates = {(r["slots"], r["policy"]): r["hit_rate"] for r in rows}
-    assert rates[64 + 16, "belady"] > rates[64 + 16, "lru"] and len(rates) == 8
+    assert rates[64 + 16, "belady"] > rates[64 + 16, "lru"] and len(rates) == 10
     assert trace.main(["guess", out, "--slots", "100", "--json"]) == 0
     names = {g["guesser"] for g in json.loads(capsys.readouterr().out)["guessers"]}
     assert names == {"previous", "frequency", "token"}

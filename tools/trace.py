@@ -1,7 +1,7 @@
 """Record what the routers choose, and replay it on other pools.
 
     python -m tools.trace record --pool 50% --prompt "def " --max-tokens 120 --out demo.routes
-    python -m tools.trace replay demo.routes --pool 25%,50%,75% --policy lru,s3fifo,lfu,belady
+    python -m tools.trace replay demo.routes --pool 25%,50%,75% --policy lrfu,lru,s3fifo,lfu,belady
     python -m tools.trace guess demo.routes --pool 25%,50%
 
 `record` decodes greedily, one prompt after the other, on one pool. `replay` gives hit
@@ -52,7 +52,7 @@ def parser() -> Parser:
         q.add_argument("file", type=Path)
         q.add_argument("--pool", type=_shares, help="25%%,50%%: shares of the experts")
         q.add_argument("--slots", type=_counts, help="64,128: experts in the pool")
-        names = ("lru", "s3fifo", "lfu", "belady") if name == "replay" else tuple(GUESSERS)
+        names = ("lrfu", "lru", "s3fifo", "lfu", "belady") if name == "replay" else tuple(GUESSERS)
         option = "--policy" if name == "replay" else "--guesser"
         q.add_argument(option, dest="names", type=lambda t: t.split(","), default=list(names))
         q.add_argument("--json", action="store_true")
@@ -137,7 +137,7 @@ def _replay(args: Any) -> int:
 
 
 def _same(routes: Routes, result: Any) -> str:
-    if result.policy != "lru" or result.slots != routes.slots:
+    if result.policy != "lrfu" or result.slots != routes.slots:
         return ""
     same = (result.hits, result.misses) == (routes.hits, routes.misses)
     return "  as recorded" if same else f"  recorded: {routes.hits} hits, {routes.misses} misses"
