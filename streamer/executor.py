@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,6 +67,7 @@ class Executor:
         self._readings: list[Reading] = []
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
+        self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
@@ -92,6 +93,7 @@ class Executor:
         ids = np.array(indices)
         self.counters.syncs += 1
         self._settle()
+        np.add.at(self.uses[layer], ids.reshape(-1), 1)
         need = np.unique(ids)
         decodes = ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots
         if held := self.ahead.held:
@@ -148,8 +150,10 @@ class Executor:
     def settled(self, note: Note, hits: np.ndarray) -> None:
         """A rehearsed call was the true one."""
         self.counters.hits += len(hits)
+        ids = np.array(note.indices)
+        np.add.at(self.uses[note.layer], ids.reshape(-1), 1)
         if self.watch is not None:
-            self.watch.chose(self.numbers[note.layer], np.array(note.indices), 0)
+            self.watch.chose(self.numbers[note.layer], ids, 0)
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 
@@ -214,6 +218,29 @@ class Executor:
             done += len(slots) * size
             progress(done, self.pool.total * size)
         return switches
+
+    def warm(self, keys: Sequence[tuple[int, int]], wave: int) -> Iterator[int]:
+        """Read (layer, expert) `keys` into an empty pool, `wave` at once, as they lie on disk.
+
+        The last key will be the last to be evicted. Yields how many have come each time.
+        """
+        slots = dict(zip(keys, self.pool.take(len(keys)), strict=True))
+        on_disk = sorted(keys, key=lambda key: int(self.layers[key[0]].starts[0][key[1]]))
+        waves = [on_disk[i : i + wave] for i in range(0, len(on_disk), wave)]
+        waiting: list[list[Reading]] = []
+        try:
+            for i in range(len(waves) + 1):
+                if i < len(waves):
+                    waiting.append([self.load(k[0], [k[1]], [slots[k]]) for k in waves[i]])
+                if i:
+                    for reading in waiting.pop(0):
+                        reading.wait()
+                    yield len(waves[i - 1])
+        except BaseException:
+            self._abandon()
+            raise
+        for key in keys:
+            self.pool.place(*key, slots[key])
 
     def _decode(
         self,
@@ -369,6 +396,7 @@ class Executor:
             ids = np.array(indices)
             experts = np.unique(ids)
             self.counters.hits += len(experts)
+            np.add.at(self.uses[layer], ids.reshape(-1), 1)
             if self.watch is not None:
                 self.watch.chose(self.numbers[layer], ids, 0)
             self.pool.touch(layer, experts)

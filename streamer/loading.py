@@ -29,6 +29,7 @@ from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size, return_freed_memory
+from .heat import Heat
 from .hub import resolve
 from .opened import Opened, open_model
 from .probe import choose_backend
@@ -63,6 +64,7 @@ class Streamer:
         self.opened, self.budget, self.store, self.io = opened, budget, store, choice
         self.counters = Counters()
         self.executors: list[Executor] = []
+        self.heat: Heat | None = None
         self.learnt: dict[str, Any] = {}  # what one generation leaves for the next
         self._watch: Watch | None = None
 
@@ -121,12 +123,20 @@ class Streamer:
             "prefetch_issued": counters.prefetched,
             "prefetch_used": counters.prefetch_used,
             "io_wait_seconds": counters.io_wait_seconds,
+            "warm_filled": self.heat.filled if self.heat else 0,
+            "warm_seconds": self.heat.seconds if self.heat else 0.0,
         }
 
     def close(self) -> None:
-        """Stop the readers and close the files."""
+        """Stop the readers and close the files; add to the heat file, where there is one.
+
+        Raises UsageError where that was asked for by name and cannot be written.
+        """
+        heat, self.heat = self.heat, None
         if self.store is not None:
             self.store.close()
+        if heat is not None:
+            heat.save(self.executors)
 
 
 def load(
@@ -138,6 +148,7 @@ def load(
     dtype: str = "auto",
     mtp: bool = False,
     executor: Choice = "layerwise",
+    heat: str = "off",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint folder or repository so that the process stays within `memory`.
@@ -147,6 +158,7 @@ def load(
     io: auto, mmap, pread or direct. dtype: auto, stored or float32. mtp: with the MTP
     head, where there is one, for `streamer.stream_generate` to draft with. executor:
     layerwise, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
+    heat: off, auto or a file, for a warm start (`streamer.heat`); closing the streamer adds to it.
     Raises a StreamerError whose text is one line.
     """
     path = resolve(str(model))
@@ -155,7 +167,7 @@ def load(
     spare = default_budget()[0] if memory is None else None
     budget = divide(opened, memory, context, spare=spare)
     said = progress or (lambda *_: None)
-    return attach(opened, budget, io, said, executor=executor), tokenizer
+    return attach(opened, budget, io, said, executor=executor, heat=heat), tokenizer
 
 
 def open_tokenizer(opened: Opened) -> TokenizerWrapper:
@@ -178,10 +190,11 @@ def attach(
     *,
     executor: Choice = "layerwise",
     throttle: float | None = None,
+    heat: str = "off",
 ) -> nn.Module:
     """Read the trunk, make the pools, swap the switches; the model is ready to call.
 
-    throttle: see `streamer.store.Store`.
+    throttle: see `streamer.store.Store`; heat: see `streamer.heat`.
     """
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
@@ -209,6 +222,9 @@ def attach(
             switches = run.fill(lambda n, total: progress("experts", n, total))
             paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
+    streamer.heat = Heat.of(heat, opened)
+    if streamer.heat is not None:
+        streamer.heat.fill(streamer.executors, lambda n, total: progress("experts", n, total))
     model.streamer = streamer
     if executor != "layerwise" and opened.layers and not streamer.resident:
         found = decoder_layers(model, [layer.path for layer in opened.trunk_layers])
@@ -226,6 +242,7 @@ def load_streamed(
     mtp: bool = False,
     executor: Choice = "layerwise",
     throttle: float | None = None,
+    heat: str = "off",
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
 
@@ -238,7 +255,8 @@ def load_streamed(
         counts = spread(counts, slots / max(1, opened.experts), opened.top_k)
     pool = sum(n * held_bytes(fmt) for fmt, n in zip(opened.groups, counts, strict=True))
     limited = with_slots(budget, counts, pool)
-    return attach(opened, limited, io, lambda *_: None, executor=executor, throttle=throttle)
+    quiet: Progress = lambda *_: None  # noqa: E731
+    return attach(opened, limited, io, quiet, executor=executor, throttle=throttle, heat=heat)
 
 
 def spread(counts: Sequence[int], share: float, top_k: int) -> tuple[int, ...]:
