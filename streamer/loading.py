@@ -25,6 +25,7 @@ from kernels import fast
 
 from .budget import Budget, divide, with_slots
 from .counters import Counters
+from .disk import Disk
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
@@ -119,6 +120,7 @@ class Streamer:
             "hits": counters.hits,
             "misses": counters.misses,
             "bytes_read": self.store.counters.bytes_read if self.store else 0,
+            "imitated_disk": str(self.store.disk) if self.store and self.store.disk else None,
             "reads": self.store.counters.reads if self.store else 0,
             "prefetch_issued": counters.prefetched,
             "prefetch_used": counters.prefetch_used,
@@ -189,12 +191,12 @@ def attach(
     progress: Progress,
     *,
     executor: Choice = "layerwise",
-    throttle: float | None = None,
+    disk: Disk | None = None,
     heat: str = "off",
 ) -> nn.Module:
     """Read the trunk, make the pools, swap the switches; the model is ready to call.
 
-    throttle: see `streamer.store.Store`; heat: see `streamer.heat`.
+    disk: one to imitate; heat: see `streamer.heat`.
     """
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
@@ -204,7 +206,7 @@ def attach(
     fast.install()
     return_freed_memory()
     mx.set_cache_limit(budget.workspace // 6)
-    store, chosen = _open_store(opened, budget, io, throttle)
+    store, chosen = _open_store(opened, budget, io, disk)
     streamer = Streamer(opened, budget, store, chosen)
     model = opened.model
     done = 0
@@ -241,7 +243,7 @@ def load_streamed(
     dtype: str = "stored",
     mtp: bool = False,
     executor: Choice = "layerwise",
-    throttle: float | None = None,
+    disk: Disk | None = None,
     heat: str = "off",
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
@@ -256,7 +258,7 @@ def load_streamed(
     pool = sum(n * held_bytes(fmt) for fmt, n in zip(opened.groups, counts, strict=True))
     limited = with_slots(budget, counts, pool)
     quiet: Progress = lambda *_: None  # noqa: E731
-    return attach(opened, limited, io, quiet, executor=executor, throttle=throttle, heat=heat)
+    return attach(opened, limited, io, quiet, executor=executor, disk=disk, heat=heat)
 
 
 def spread(counts: Sequence[int], share: float, top_k: int) -> tuple[int, ...]:
@@ -275,7 +277,7 @@ def expert_bytes(opened: Opened) -> int:
 
 
 def _open_store(
-    opened: Opened, budget: Budget, io: str, throttle: float | None
+    opened: Opened, budget: Budget, io: str, disk: Disk | None
 ) -> tuple[Store | None, str]:
     if io not in ("auto", "mmap", "pread", "direct"):
         raise UsageError(f"--io must be auto, mmap, pread or direct, not {io!r}")
@@ -283,9 +285,9 @@ def _open_store(
         return None, "none"
     files = opened.files
     if io != "auto":
-        return Store(files, backend=cast(Backend, io), throttle=throttle), io
+        return Store(files, backend=cast(Backend, io), disk=disk), io
     choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))
-    store = Store(files, backend=choice.backend, drop_behind=choice.drop_behind, throttle=throttle)
+    store = Store(files, backend=choice.backend, drop_behind=choice.drop_behind, disk=disk)
     return store, choice.backend
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import Interrupted, Parser, bar, command, interruptible, number, say, write_json
+from .disk import Disk
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def parser() -> Parser:
         "(auto: whichever is measured faster)",
     )
     p.add_argument(
-        "--throttle", type=number(0.001), metavar="GB/s", help="imitate a disk as slow as this"
+        "--disk",
+        type=Disk.parse,
+        metavar="1.5GB/s[@100us]",
+        help="imitate a disk as slow as this",
     )
     p.add_argument(
         "--heat",

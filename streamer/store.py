@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from .backends import Direct, Mapped, Pread
+from .disk import Clock, Disk
 from .errors import StreamerError, UsageError
 from .ranges import Piece, Run, cut, merge
 from .read_queue import Guess, ReadQueue
@@ -63,7 +64,7 @@ class Ticket:
     def __init__(self, store: Store, reads: int):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
-        self._asked = 0.0 if store.watch is None else time.perf_counter()
+        self._asked = time.perf_counter()
         self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
         self._busy = threading.Lock()  # released with the last read
@@ -91,6 +92,7 @@ class Ticket:
 
     def promote(self) -> None:
         """Somebody will wait for this guess now: what is still queued becomes a demand."""
+        self._asked = time.perf_counter()
         self._store._engine.queue.promote(self._guesses)
 
     def cancel(self) -> None:
@@ -111,8 +113,7 @@ class Store:
 
     files: opened at once, addressed by index. backend: see `streamer.backends`.
     drop_behind: keep nothing in the page cache (`direct` never does).
-    threads: reads in flight. throttle: bytes per second that all reads together
-    may take, to imitate a slower disk in benchmarks; only ever slows down.
+    threads: reads in flight. disk: one to imitate, see `streamer.disk`.
 
     Raises StreamerError when a file cannot be opened or the back end does not
     work there, UsageError for senseless options.
@@ -125,18 +126,17 @@ class Store:
         backend: Backend = "pread",
         drop_behind: bool = False,
         threads: int = THREADS,
-        throttle: float | None = None,
+        disk: Disk | None = None,
     ):
         if threads < 1:
             raise UsageError(f"an expert store needs at least one thread, not {threads}")
-        if throttle is not None and not throttle > 0:
-            raise UsageError(f"a disk cannot be throttled to {throttle} bytes per second")
         if backend not in BACKENDS:
             raise UsageError(f"no I/O back end {backend!r}; there are {', '.join(BACKENDS)}")
         self.files = [Path(f) for f in files]
         self.backend = backend
         self.drop_behind = drop_behind or backend == "direct"
         self.threads = threads
+        self.disk = disk
         self.counters = Counters()
         source: Pread
         if backend == "direct":
@@ -146,7 +146,7 @@ class Store:
         else:
             source = Pread(self.files, drop_behind)
         # Workers hold the engine, not the store, so that a forgotten store closes itself.
-        self._engine = _Engine(self.files, source, self.counters, throttle)
+        self._engine = _Engine(self.files, source, self.counters, disk)
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, self._engine.stop)
 
@@ -213,16 +213,13 @@ class Store:
 class _Engine:
     """The queue and its threads, which start with the first read."""
 
-    def __init__(
-        self, files: list[Path], source: Pread, counters: Counters, throttle: float | None
-    ):
+    def __init__(self, files: list[Path], source: Pread, counters: Counters, disk: Disk | None):
         self.files = files
         self.source = source
         self.counters = counters
         self.lock = threading.Lock()
         self.watch: Watch | None = None
-        self._throttle = throttle
-        self._free_at = 0.0  # when the throttled disk will have done all it has accepted
+        self._clock = None if disk is None else Clock(disk)
         self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
         self._threads: list[threading.Thread] = []
 
@@ -245,22 +242,21 @@ class _Engine:
     def _work(self) -> None:
         while (job := self.queue.get()) is not None:
             if isinstance(job, Guess):
-                self._do(*job.job)
+                self._do(*job.job, time.perf_counter())  # it may have been held back till now
                 self.queue.finished(job)
             else:
-                self._do(*job)
+                self._do(*job, job[0]._asked)
             del job
 
-    def _do(self, ticket: Ticket, run: Run) -> None:
+    def _do(self, ticket: Ticket, run: Run, asked: float) -> None:
         if ticket._error is not None:
             self._finish(ticket)
             return
-        error, asked = None, 0
-        watch = self.watch if ticket._asked else None  # one that came later knows no start
+        error, nbytes, watch = None, 0, self.watch
         began = 0.0 if watch is None else time.perf_counter()
-        until = self._reserve(run.nbytes)
+        until = 0.0 if self._clock is None else self._clock.begin(run.nbytes, asked)
         try:
-            asked = self.source.fetch(*run)
+            nbytes = self.source.fetch(*run)
         except EOFError:
             error = self._error(run, "the file is too short; was it truncated?")
         except OSError as problem:
@@ -269,18 +265,11 @@ class _Engine:
         except Exception as problem:  # a thread that dies would leave its waiters waiting
             error = self._error(run, repr(problem))
             error.__cause__ = problem
-        if until:
-            time.sleep(max(0.0, until - time.monotonic()))
+        if self._clock is not None:
+            self._clock.until(until)
         if watch is not None and error is None:
-            watch.read(asked, began - ticket._asked, time.perf_counter() - began)
-        self._finish(ticket, error, asked)
-
-    def _reserve(self, nbytes: int) -> float:
-        if self._throttle is None:
-            return 0.0
-        with self.lock:
-            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._throttle
-            return self._free_at
+            watch.read(nbytes, began - ticket._asked, time.perf_counter() - began)
+        self._finish(ticket, error, nbytes)
 
     def _finish(self, ticket: Ticket, error: StreamerError | None = None, asked: int = 0) -> None:
         with self.lock:

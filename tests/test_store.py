@@ -11,6 +11,7 @@ import pytest
 import stores
 from stores import SIZES, check, open_descriptors, open_store, piece, some_pieces, trickle
 
+from streamer.disk import Disk
 from streamer.errors import StreamerError, UsageError
 from streamer.ranges import BLOCK
 from streamer.store import BACKENDS, Piece, Store
@@ -83,7 +84,7 @@ def test_nothing_to_read(files):
 
 
 def test_counters(files):
-    with Store(files, throttle=1e6) as reads:
+    with Store(files, disk=Disk(1e6)) as reads:
         ticket = reads.read([piece(0, 10, 100_000)])
         assert not ticket.done
         ticket.wait()
@@ -93,16 +94,6 @@ def test_counters(files):
     with open_store(files, "direct") as reads:
         reads.read([piece(0, BLOCK - 1, 2)]).wait()
         assert reads.counters.bytes_read == 2 * BLOCK  # as the kernel was asked
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_throttle(files, threads):
-    with Store(files, threads=threads, throttle=3e6) as reads:
-        began = time.perf_counter()
-        tickets = [reads.read([piece(0, i * 100_000, 100_000)]) for i in range(15)]
-        for ticket in tickets:
-            ticket.wait()
-        assert 0.5 * 0.99 <= time.perf_counter() - began <= 0.5 * 1.2
 
 
 # Errors
@@ -177,7 +168,7 @@ def test_files_that_cannot_be_opened(files, tmp_path):
 
 
 def test_senseless_options(files):
-    for options in ({"threads": 0}, {"throttle": 0}, {"throttle": float("nan")}, {"backend": "x"}):
+    for options in ({"threads": 0}, {"backend": "x"}):
         with pytest.raises(UsageError):
             Store(files, **options)
     with Store(files) as reads:
