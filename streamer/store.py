@@ -8,6 +8,7 @@ read, `streamer.probe` picks one.
 
 Reads that are waited for go before guesses (`streamer.read_queue`); a guess can be
 promoted or taken back while it is queued. Nothing is cached and duplicates are read twice.
+The threads are the extension's where it can read (`streamer.native_reads`), else Python's.
 
     with Store([path], backend="pread") as store:
         buffer = bytearray(1 << 20)
@@ -28,7 +29,8 @@ from typing import Literal, Self
 from .backends import Direct, Mapped, Pread
 from .disk import Clock, Disk
 from .errors import StreamerError, UsageError
-from .ranges import Piece, Run, cut, merge
+from .native_reads import NativeReads, NativeTicket, usable
+from .ranges import Piece, Run, Widening, cut, merge, widened
 from .read_queue import Guess, ReadQueue
 from .watch import Watch
 
@@ -59,14 +61,15 @@ class Counters:
 class Ticket:
     """The reads of one `Store.read` call."""
 
-    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store")
+    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store", "_widen")
 
-    def __init__(self, store: Store, reads: int):
+    def __init__(self, store: Store, reads: int, widen: Sequence[Widening] = ()):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
         self._asked = time.perf_counter()
         self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
+        self._widen = widen
         self._busy = threading.Lock()  # released with the last read
         self._busy.acquire()
 
@@ -89,18 +92,27 @@ class Ticket:
             self._store._waited(time.perf_counter() - began)
         if self._error is not None:
             raise self._error
+        for one in self._widen:
+            widened(one)
+        self._widen = ()
+
+    @property
+    def _engine(self) -> _Engine:
+        engine = self._store._engine
+        assert isinstance(engine, _Engine)
+        return engine
 
     def promote(self) -> None:
         """Somebody will wait for this guess now: what is still queued becomes a demand."""
         self._asked = time.perf_counter()
-        self._store._engine.queue.promote(self._guesses)
+        self._engine.queue.promote(self._guesses)
 
     def cancel(self) -> None:
         """Take a guess back. Reads under way still land: `wait` first, before the
         destinations are used for anything else; it raises if anything was left out.
         Of demands nothing is taken back.
         """
-        engine = self._store._engine
+        engine = self._engine
         for guess in engine.queue.cancel(self._guesses):
             engine._finish(self, engine._error(guess.job[1], "the guess was taken back"))
 
@@ -137,7 +149,7 @@ class Store:
         self.drop_behind = drop_behind or backend == "direct"
         self.threads = threads
         self.disk = disk
-        self.counters = Counters()
+        self._counters = Counters()
         source: Pread
         if backend == "direct":
             source = Direct(self.files)
@@ -146,9 +158,27 @@ class Store:
         else:
             source = Pread(self.files, drop_behind)
         # Workers hold the engine, not the store, so that a forgotten store closes itself.
-        self._engine = _Engine(self.files, source, self.counters, disk)
+        self._engine: _Engine | NativeReads
+        if usable(source):
+            self._engine = NativeReads(
+                self.files,
+                source,
+                threads=threads,
+                chunks=(CHUNK_MIN, CHUNK_MAX),
+                guess_bytes=GUESS_BYTES,
+                disk=disk,
+            )
+        else:
+            self._engine = _Engine(self.files, source, self._counters, disk)
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, self._engine.stop)
+
+    @property
+    def counters(self) -> Counters:
+        """What the reads cost so far."""
+        if isinstance(self._engine, NativeReads):
+            self._counters.bytes_read, self._counters.reads = self._engine.counts
+        return self._counters
 
     @property
     def watch(self) -> Watch | None:
@@ -162,27 +192,37 @@ class Store:
     @property
     def guess_bytes(self) -> int:
         """Bytes of guesses under way at once, at most (one read at least); 0 starts none."""
-        return self._engine.queue.guess_bytes
+        return self._engine.guess_bytes
 
     @guess_bytes.setter
     def guess_bytes(self, nbytes: int) -> None:
-        self._engine.queue.guess_bytes = nbytes
+        self._engine.guess_bytes = nbytes
 
-    def read(self, pieces: Sequence[Piece], guess: float | None = None) -> Ticket:
+    def read(
+        self,
+        pieces: Sequence[Piece],
+        guess: float | None = None,
+        widen: Sequence[Widening] = (),
+    ) -> Ticket | NativeTicket:
         """Queue the pieces; their destinations must stay untouched until the ticket is done.
 
         guess: nobody may ever need it; it waits for all demands and for guesses of a smaller
-        number, and can be promoted or taken back.
+        number, and can be promoted or taken back. widen: what `Ticket.wait` finds done besides.
         Raises StreamerError when the store is closed, IndexError for unknown files.
         """
+        if any(not 0 <= piece.file < len(self.files) for piece in pieces):
+            raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
+        if isinstance(self._engine, NativeReads):
+            if not self._close.alive:
+                raise StreamerError("the expert store is closed")
+            native = self._engine.submit(pieces, guess, widen)
+            return NativeTicket(self._engine, native, self._waited)
         runs = merge(pieces)
         if runs:
-            if runs[0].file < 0 or runs[-1].file >= len(self.files):
-                raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
             size = -(-sum(run.nbytes for run in runs) // self.threads)
             size = CHUNK_MIN if guess is not None else min(max(size, CHUNK_MIN), CHUNK_MAX)
             runs = [c for run in runs for c in cut(run, size)]
-        ticket = Ticket(self, len(runs))
+        ticket = Ticket(self, len(runs), widen)
         with self._lock:
             if not self._close.alive:
                 raise StreamerError("the expert store is closed")
@@ -206,8 +246,7 @@ class Store:
         self.close()
 
     def _waited(self, seconds: float) -> None:
-        with self._engine.lock:
-            self.counters.wait_seconds += seconds
+        self._counters.wait_seconds += seconds
 
 
 class _Engine:
@@ -222,6 +261,14 @@ class _Engine:
         self._clock = None if disk is None else Clock(disk)
         self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
         self._threads: list[threading.Thread] = []
+
+    @property
+    def guess_bytes(self) -> int:
+        return self.queue.guess_bytes
+
+    @guess_bytes.setter
+    def guess_bytes(self, nbytes: int) -> None:
+        self.queue.guess_bytes = nbytes
 
     def start(self, threads: int) -> None:
         if not self._threads:

@@ -73,9 +73,9 @@ def test_experts_are_read_in_the_order_of_the_disk(
     places: list[tuple[int, int]] = []
     read = Store.read
 
-    def note(self: Store, pieces: Any, guess: Any = None) -> Any:
+    def note(self: Store, pieces: Any, *rest: Any) -> Any:
         places.append((pieces[0].file, pieces[0].offset))
-        return read(self, pieces, guess)
+        return read(self, pieces, *rest)
 
     monkeypatch.setattr(Store, "read", note)
     opened(tiny, heat)

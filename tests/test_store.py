@@ -17,6 +17,7 @@ from streamer.ranges import BLOCK
 from streamer.store import BACKENDS, Piece, Store
 
 files = stores.files
+python_reads = stores.python_reads
 
 
 @pytest.mark.parametrize("drop_behind", [False, True])
@@ -41,7 +42,7 @@ def test_whole_file_in_one_piece(files, backend):
 
 @pytest.mark.parametrize("backend", ["pread", "direct"])
 @pytest.mark.parametrize("limit", [1000, 4096, 5000, 40_000])
-def test_short_reads_and_interruptions(files, backend, limit, monkeypatch):
+def test_short_reads_and_interruptions(files, python_reads, backend, limit, monkeypatch):
     with open_store(files, backend) as reads:
         # A direct read that made no whole block of progress is made again.
         sizes = random.Random(limit)
@@ -122,7 +123,7 @@ def test_range_past_the_end(files, backend):
             reads.read([piece(1, SIZES[1] + 10**6, 11)]).wait()
 
 
-def test_errors_of_the_disk(files, monkeypatch):
+def test_errors_of_the_disk(files, python_reads, monkeypatch):
     with Store(files) as reads:
 
         def broken(fd, buffers, offset):
@@ -140,7 +141,7 @@ def test_a_destination_that_cannot_be_written_hangs_nothing(files):
                 reads.read([Piece(0, 0, memoryview(b"constant"))]).wait()
 
 
-def test_wait_returns_after_the_last_read(files, monkeypatch):
+def test_wait_returns_after_the_last_read(files, python_reads, monkeypatch):
     """An error is not told while other reads still write to their destinations."""
     real = os.preadv
 

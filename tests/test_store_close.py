@@ -16,6 +16,7 @@ from streamer.errors import StreamerError
 from streamer.store import BACKENDS, Store
 
 files = stores.files
+python_reads = stores.python_reads
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -42,7 +43,7 @@ def test_close_while_reading(files, backend):
     assert open_descriptors() == before
 
 
-def test_close_waits_for_the_read_under_way(files, monkeypatch):
+def test_close_waits_for_the_read_under_way(files, python_reads, monkeypatch):
     real, begun = os.preadv, threading.Event()
 
     def preadv(fd, buffers, offset):
@@ -91,7 +92,7 @@ def test_a_forgotten_store_closes_itself(files):
         time.sleep(0.01)
 
 
-def test_no_threads_before_the_first_read(files):
+def test_no_threads_before_the_first_read(files, python_reads):
     before = threading.active_count()
     with Store(files, threads=3) as reads:
         assert threading.active_count() == before
