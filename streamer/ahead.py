@@ -7,12 +7,11 @@ as the first to be evicted. The pool knows nothing of these slots until then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from .errors import StreamerError
+from .native_reads import NativeTicket
 from .pool import SlotPool
 from .store import Ticket
 
@@ -20,8 +19,8 @@ from .store import Ticket
 class Reading:
     """Experts on their way into slots."""
 
-    def __init__(self, ticket: Ticket, finish: Sequence[Callable[[], None]]):
-        self._ticket, self._finish = ticket, finish
+    def __init__(self, ticket: Ticket | NativeTicket):
+        self._ticket = ticket
 
     @property
     def done(self) -> bool:
@@ -38,8 +37,6 @@ class Reading:
     def wait(self) -> None:
         """Block until every byte is in place. Raises StreamerError on a failed read."""
         self._ticket.wait()
-        for widen in self._finish:
-            widen()
 
 
 class _Ahead(NamedTuple):
@@ -72,7 +69,7 @@ class ReadAhead:
         for expert, slot in zip(experts, slots, strict=True):
             self._reading[layer, expert] = _Ahead(layer, expert, slot, reading)
 
-    def arriving(self, layer: int, needed: np.ndarray) -> list[tuple[np.ndarray, Reading]]:
+    def arriving(self, layer: int, needed: Sequence[int]) -> list[tuple[list[int], Reading]]:
         """Those of `needed` that are read ahead, now in the pool, by reading; the rest go."""
         found: dict[Reading, list[int]] = {}
         wrong: list[_Ahead] = []
@@ -89,7 +86,7 @@ class ReadAhead:
         self._wrong += wrong
         for reading in found:
             reading.promote()
-        return [(np.array(experts), reading) for reading, experts in found.items()]
+        return [(experts, reading) for reading, experts in found.items()]
 
     def drop(self, wait: bool = False) -> None:
         """Nothing of it is needed any more. wait: until all slots are free."""

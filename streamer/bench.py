@@ -3,6 +3,7 @@
     python -m streamer.bench --model PATH
     python -m streamer.bench --quick
     python -m streamer.bench --mtp off,1,2,3,auto --shares 100,50,25   # drafting or not
+    python -m streamer.bench --disk 0.5GB/s,5GB/s --executor layerwise,rehearse
 
 Each configuration lives in a process of its own, whose peak memory is its own;
 they take turns (A B C A B C ...), the first round is dropped, medians are
@@ -10,13 +11,15 @@ quoted. What bounds a step: computing it, which takes what the fastest of mlx-lm
 and of ours takes with all experts in memory and no drafts, or reading its misses
 at the disk's measured bandwidth, whichever is more; `roofline` is the share of
 that bound's speed reached, and more than 1 where drafts save passes. Reads
-go past the page cache (`--io direct`), so a hit in it cannot pass for speed.
+go past the page cache (`--io direct`), so a hit in it cannot pass for speed; with `--disk`
+from it, held back until the disk imitated would have sent them (`streamer.disk`).
 
 Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -24,14 +27,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .console import Parser, bar, command, number
 from .errors import StreamerError
 
 SHARES = (100, 50, 25, 12)
-Name = tuple[int | None, str]  # share of the experts and --mtp
-MEMORY: Name = (None, "off")  # mlx-lm, everything in memory
+
+
+class Name(NamedTuple):
+    """A configuration: share of the experts in memory, and the options."""
+
+    share: int | None
+    mtp: str = "off"
+    executor: str = "layerwise"
+    disk: str = "none"
+
+
+MEMORY = Name(None)  # mlx-lm, everything in memory
 PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    "
 
 
@@ -43,6 +56,8 @@ def parser() -> Parser:
     p.add_argument("--rounds", type=number(1, 100, int), default=5)
     p.add_argument("--prompt", default=PROMPT)
     p.add_argument("--mtp", default="off", help="list of off, auto and 1..8, each a row a share")
+    p.add_argument("--executor", default="layerwise", help="list of layerwise, rehearse, auto")
+    p.add_argument("--disk", default="none", help="list of disks to imitate: 1.5GB/s@100us, none")
     p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
     p.add_argument("--io", choices=("mmap", "pread", "direct"), default="direct")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
@@ -59,10 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(json.loads(args.worker))
     if args.quick:
         args.rounds, args.tokens = 2, 32
+    from .disk import Disk
     from .hub import resolve
     from .loading import expert_bytes
     from .opened import open_model
     from .probe import measure
+    from .rehearse import EXECUTORS
     from .run import DEMO
 
     path = resolve(args.model) if args.model else DEMO
@@ -73,6 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     drafts = args.mtp.split(",")
     if not set(drafts) <= {"off", "auto", *map(str, range(1, 9))}:
         raise StreamerError(f"--mtp {args.mtp!r} is not a list of off, auto and 1..8")
+    ways, disks = args.executor.split(","), args.disk.split(",")
+    if not set(ways) <= set(EXECUTORS):
+        raise StreamerError(f"--executor {args.executor!r} is not a list of {', '.join(EXECUTORS)}")
+    imitated = {name: Disk.parse(name) for name in disks}
     opened = open_model(path, args.dtype, mtp=set(drafts) != {"off"})
     if not opened.layers:
         raise StreamerError(f"{path} has no routed experts; there is nothing to page")
@@ -80,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         raise StreamerError(f"--mtp {args.mtp}: {opened.head_notes[-1]}")
     disk = measure(opened.checkpoint.files, expert_bytes(opened), args.io)
     names: list[Name] = [] if args.no_memory_row else [MEMORY]
-    names += [(share, mtp) for share in shares for mtp in drafts]
+    names += map(Name._make, itertools.product(shares, drafts, ways, disks))
     workers = {n: _Worker(n, path, args) for n in names}
     results: dict[Name, list[dict[str, Any]]] = {name: [] for name in workers}
     try:
@@ -94,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for worker in workers.values():
             worker.close()
-    rows = [_row(name, results, disk.bandwidth) for name in workers]
+    rates = {n: d.bandwidth if d else disk.bandwidth for n, d in imitated.items()}
+    rows = [_row(name, results, rates.get(name.disk, disk.bandwidth)) for name in workers]
     print(table(rows))
     print(
         json.dumps(
@@ -121,13 +143,12 @@ class _Worker:
     def __init__(self, name: Name, path: Path, args: Any):
         self.name = _label(name)
         job = {
-            "share": name[0],
-            "mtp": name[1],
+            **name._asdict(),
             "temp": args.temp,
             "path": str(path),
             "tokens": args.tokens,
             "prompt": args.prompt,
-            "io": args.io,
+            "io": args.io if name.disk == "none" else "pread",
             "dtype": args.dtype,
         }
         self._process = subprocess.Popen(
@@ -210,6 +231,7 @@ def _streamed(path: Path, job: dict[str, Any]) -> Any:
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.sample_utils import make_sampler
 
+    from .disk import Disk
     from .engine import Timing, generate
     from .loading import load_streamed
     from .opened import open_model
@@ -218,7 +240,15 @@ def _streamed(path: Path, job: dict[str, Any]) -> Any:
     mtp = job["mtp"]
     total = open_model(path, mtp=mtp != "off").experts  # a head's experts share the pool
     slots = round(total * job["share"] / 100)
-    model = load_streamed(path, slots=slots, io=job["io"], dtype=job["dtype"], mtp=mtp != "off")
+    model = load_streamed(
+        path,
+        slots=slots,
+        io=job["io"],
+        dtype=job["dtype"],
+        mtp=mtp != "off",
+        executor=job["executor"],
+        disk=Disk.parse(job["disk"]),
+    )
     counters, speculation = model.streamer.counters, None
     if mtp != "off":
         depth = None if mtp == "auto" else int(mtp)
@@ -271,10 +301,12 @@ def kernel_bytes_read() -> int:
 
 
 def _label(name: Name) -> str:
-    share, mtp = name
-    if share is None:
+    if name.share is None:
         return "mlx-lm"
-    return f"{share}%" if mtp == "off" else f"{share}%, mtp {mtp}"
+    said = [f"{name.share}%"]
+    said += [f"mtp {name.mtp}"] if name.mtp != "off" else []
+    said += [name.executor] if name.executor != "layerwise" else []
+    return ", ".join(said + ([f"disk {name.disk}"] if name.disk != "none" else []))
 
 
 def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> dict[str, Any]:
@@ -286,11 +318,15 @@ def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> 
         "peak_bytes": max(r["peak"] for r in runs),
         "kernel_bytes": statistics.median(r["kernel_bytes"] for r in runs),
     }
-    plain = results.get((name[0], "off"))
-    if plain and name[1] != "off":
+    plain = results.get(name._replace(mtp="off"))
+    layerwise = results.get(name._replace(executor="layerwise"))
+    if layerwise and name.executor != "layerwise":
+        pairs = zip(layerwise, runs, strict=True)
+        row["of_layerwise"] = statistics.median(p["seconds"] / r["seconds"] for p, r in pairs)
+    if plain and name.mtp != "off":
         pairs = zip(plain, runs, strict=True)
         row["of_plain"] = statistics.median(p["seconds"] / r["seconds"] for p, r in pairs)
-    if name[1] != "off":
+    if name.mtp != "off":
         row["drafted"] = sum(r["drafted"] for r in runs)
         row["acceptance"] = sum(r["accepted"] for r in runs) / max(1, row["drafted"])
         row["verify_passes"] = sum(r["passes"] for r in runs)
@@ -299,7 +335,7 @@ def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> 
         pairs = zip(memory, runs, strict=True)
         row["of_mlx_lm"] = statistics.median(m["seconds"] / r["seconds"] for m, r in pairs)
         same = all(r["out"] == m["out"] for m, r in zip(memory, runs, strict=True))
-        if same or name[1] == "off" or runs[0]["greedy"]:  # drafts are sampled with other noise
+        if same or name.mtp == "off" or runs[0]["greedy"]:  # drafts are sampled with other noise
             row["same_tokens"] = same
     if "misses" in runs[0]:
         asked = sum(r["hits"] + r["misses"] for r in runs)
@@ -307,7 +343,7 @@ def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> 
         row["bytes_per_token"] = statistics.median(r["bytes"] for r in runs)
         if memory:
             read = row["bytes_per_token"] / disk
-            resident = [results[n] for n in (MEMORY, (100, "off")) if n in results]
+            resident = [r for n, r in results.items() if n == MEMORY or n[:2] == (100, "off")]
             compute = [min(r["seconds"] for r in turn) for turn in zip(*resident, strict=True)]
             row["roofline"] = statistics.median(
                 max(c, read) / r["seconds"] for c, r in zip(compute, runs, strict=True)
@@ -322,6 +358,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "tok/s": [f"{r['tokens_per_second']:.1f}" for r in rows],
         "of mlx-lm": _cells(rows, "of_mlx_lm", "{:.2f}"),
         "of plain": _cells(rows, "of_plain", "{:.2f}"),
+        "of layer-wise": _cells(rows, "of_layerwise", "{:.2f}"),
         "drafts accepted": _cells(rows, "acceptance", "{:.0%}"),
         "hit rate": _cells(rows, "hit_rate", "{:.0%}"),
         "MB read a token": _cells(rows, "bytes_per_token", "{:.1f}", 1e6),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from .counters import Counters
 from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
 from .lrfu import Lrfu
-from .pairs import Pairs
+from .pairs import Groups, Pairs
 from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
@@ -62,12 +62,15 @@ class Executor:
         self.pool: SlotPool = Lrfu(slots, [layer.count for layer in layers])
         self.arrays = SlotArrays(layers[0].format, slots)
         self.counters = counters
+        self._expert_bytes = stored_bytes(layers[0].format)
+        self._wave = max(1, -(-WAVE_BYTES // self._expert_bytes))
         self._store = store
         self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self._readings: list[Reading] = []
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
+        self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
@@ -94,27 +97,48 @@ class Executor:
         self.counters.syncs += 1
         self._settle()
         self.pool.chose(layer, ids)
-        need = np.unique(ids)
-        decodes = ids.size <= DECODE_PAIRS and len(need) <= self.pool.slots
+        np.add.at(self.uses[layer], ids.reshape(-1), 1)
+        if ids.size > DECODE_PAIRS:
+            return self._many(layer, inner, x, ids)
+        table = self.pool.slot_of[layer]
+        need = sorted(set(ids.reshape(-1).tolist()))  # few: sets are quicker than arrays
+        misses = [e for e in need if table[e] < 0]
+        hits = [e for e in need if table[e] >= 0]
+        if len(need) > self.pool.slots:
+            return self._many(layer, inner, x, ids)
         if held := self.ahead.held:
             self._tables.clear()
-            if decodes and len(need) <= self.pool.slots - held:
+            if len(need) <= self.pool.slots - held:
                 self.ahead.reclaim()
             else:
                 self.ahead.drop(wait=True)
+            misses = [e for e in need if table[e] < 0]
+            hits = [e for e in need if table[e] >= 0]
+        self._count(layer, ids, len(hits), len(misses))
+        self.pool.touch(layer, hits)
+        if not misses:
+            return self._track(inner(x, self._slots(layer, ids)))
+        return self._decode(layer, inner, x, ids, hits, misses)
+
+    def _many(self, layer: int, inner: nn.Module, x: mx.array, ids: np.ndarray) -> mx.array:
+        """A call whose experts do not fit, or of many rows."""
+        self._tables.clear()
+        self.ahead.drop(wait=True)
+        need = np.unique(ids)
         resident = self.pool.slot_of[layer][need] >= 0
         hits, misses = need[resident], need[~resident]
-        self.counters.hits += len(hits)
-        self.counters.misses += len(misses)
-        if self.watch is not None:
-            self.watch.chose(self.numbers[layer], ids, len(misses))
+        self._count(layer, ids, len(hits), len(misses))
         if not len(misses):
             self.pool.touch(layer, hits)
             return self._track(inner(x, self._slots(layer, ids)))
-        self.counters.bytes_wanted += len(misses) * stored_bytes(self.arrays.format)
-        if decodes:
-            return self._decode(layer, inner, x, ids, hits, misses)
         return self._prefill(layer, inner, x, ids, hits, misses)
+
+    def _count(self, layer: int, ids: np.ndarray, hits: int, misses: int) -> None:
+        self.counters.hits += hits
+        self.counters.misses += misses
+        self.counters.bytes_wanted += misses * self._expert_bytes
+        if self.watch is not None:
+            self.watch.chose(self.numbers[layer], ids, misses)
 
     def _covered(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         """mlx-lm's own path, no read-back: the slot table lives on the device."""
@@ -152,6 +176,7 @@ class Executor:
         self.counters.hits += len(hits)
         ids = np.array(note.indices)
         self.pool.chose(note.layer, ids)
+        np.add.at(self.uses[note.layer], ids.reshape(-1), 1)
         if self.watch is not None:
             self.watch.chose(self.numbers[note.layer], ids, 0)
         self.pool.touch(note.layer, hits)
@@ -168,10 +193,10 @@ class Executor:
         """Read up to `room` absent experts for a layer `distance` on; 0: it is the next to run."""
         self._settle()
         new = [e for e in experts[:room].tolist() if not self.ahead.reads(layer, e)]
-        for wave in self._waves(np.array(new, dtype=int)) if new else ():
+        for wave in self._waves(new):
             slots = self.pool.take(len(wave))
-            reading = self.load(layer, wave.tolist(), slots, guess=distance or None)
-            self.ahead.add(layer, wave.tolist(), slots, reading)
+            reading = self.load(layer, wave, slots, guess=distance or None)
+            self.ahead.add(layer, wave, slots, reading)
         self._tables.clear()
         self.counters.prefetched += len(new)
 
@@ -182,13 +207,13 @@ class Executor:
 
         guess: see `Store.read`.
         """
-        pieces, finish = [], []
+        pieces, widen = [], []
         for expert, slot in zip(experts, slots, strict=True):
-            more, after = self.arrays.pieces(self.layers[layer], int(expert), slot)
+            more, wide = self.arrays.pieces(self.layers[layer], int(expert), slot)
             pieces += more
-            finish += after
+            widen += wide
         self._readings = [r for r in self._readings if not r.done]
-        reading = Reading(self._store.read(pieces, guess), finish)
+        reading = Reading(self._store.read(pieces, guess, widen))
         self._readings.append(reading)
         return reading
 
@@ -220,56 +245,73 @@ class Executor:
             progress(done, self.pool.total * size)
         return switches
 
+    def warm(self, keys: Sequence[tuple[int, int]], wave: int) -> Iterator[int]:
+        """Read (layer, expert) `keys` into an empty pool, `wave` at once, as they lie on disk.
+
+        The last key will be the last to be evicted. Yields how many have come each time.
+        """
+        slots = dict(zip(keys, self.pool.take(len(keys)), strict=True))
+        on_disk = sorted(keys, key=lambda key: int(self.layers[key[0]].starts[0][key[1]]))
+        waves = [on_disk[i : i + wave] for i in range(0, len(on_disk), wave)]
+        waiting: list[list[Reading]] = []
+        try:
+            for i in range(len(waves) + 1):
+                if i < len(waves):
+                    waiting.append([self.load(k[0], [k[1]], [slots[k]]) for k in waves[i]])
+                if i:
+                    for reading in waiting.pop(0):
+                        reading.wait()
+                    yield len(waves[i - 1])
+        except BaseException:
+            self._abandon()
+            raise
+        for key in keys:
+            self.pool.place(*key, slots[key])
+
     def _decode(
         self,
         layer: int,
         inner: nn.Module,
         x: mx.array,
         ids: np.ndarray,
-        hits: np.ndarray,
-        misses: np.ndarray,
+        hits: list[int],
+        misses: list[int],
     ) -> mx.array:
-        self.pool.touch(layer, hits)
         self._tables.clear()
         parts = self.ahead.arriving(layer, misses)
-        early = np.concatenate([misses[:0], *(experts for experts, _ in parts)])
+        early = [e for experts, _ in parts for e in experts]
         self.counters.prefetch_used += len(early)
-        keep = (layer, frozenset([*hits.tolist(), *misses.tolist()]))  # those placed here too
-        for wave in self._waves(np.setdiff1d(misses, early)):
+        keep = (layer, frozenset([*hits, *misses]))  # those placed here too
+        for wave in self._waves([e for e in misses if e not in early] if early else misses):
             slots = self.pool.take(len(wave), keep)
-            parts.append((wave, self.load(layer, wave.tolist(), slots)))
-            for expert, slot in zip(wave.tolist(), slots, strict=True):
+            parts.append((wave, self.load(layer, wave, slots)))
+            for expert, slot in zip(wave, slots, strict=True):
                 self.pool.place(layer, expert, slot)
-        there, coming = [hits], []
+        there, coming = set(hits), []
         for experts, reading in parts:
             if reading.done:
                 self._wait(reading.wait)
-                there.append(experts)
+                there.update(experts)
             else:
                 coming.append((experts, reading))
-        ready = np.concatenate(there)
-        if not len(ready) and len(coming) == 1:
+        if not there and len(coming) == 1:
             self._wait(coming.pop()[1].wait)
         if not coming:
             return self._track(inner(x, self._slots(layer, ids)))
-        table, flat = self.pool.slot_of[layer], ids.reshape(-1)
-        pairs, outputs, order = Pairs(x, ids), [], []
-        for experts, arrives in [(ready, None), *coming]:
-            if arrives is not None:
-                self._wait(arrives.wait)
-            if len(experts):
-                order.append(np.flatnonzero(np.isin(flat, experts)))
-                outputs.append(pairs.run(inner, table, order[-1]))
-                mx.async_eval(outputs[-1])
-        return self._track(pairs.join(outputs, np.concatenate(order)))
+        groups = Groups(inner, x, ids, self.pool.slot_of[layer])
+        if there:
+            groups.add(there)
+        for experts, reading in coming:
+            self._wait(reading.wait)
+            groups.add(set(experts))
+        return self._track(groups.join())
 
-    def _waves(self, misses: np.ndarray) -> list[np.ndarray]:
+    def _waves(self, misses: list[int]) -> list[list[int]]:
         """Absent experts in the groups that are waited for: one computes while the next is read.
 
         Small experts come together, since a group costs about what reading WAVE_BYTES does.
         """
-        each = max(1, -(-WAVE_BYTES // stored_bytes(self.arrays.format)))
-        return np.split(misses, range(each, len(misses), each))
+        return [misses[i : i + self._wave] for i in range(0, len(misses), self._wave)]
 
     def _prefill(
         self,
@@ -374,6 +416,7 @@ class Executor:
             ids = np.array(indices)
             experts = np.unique(ids)
             self.counters.hits += len(experts)
+            np.add.at(self.uses[layer], ids.reshape(-1), 1)
             if self.watch is not None:
                 self.watch.chose(self.numbers[layer], ids, 0)
             self.pool.chose(layer, ids)

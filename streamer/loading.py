@@ -25,10 +25,12 @@ from kernels import fast
 
 from .budget import Budget, divide, with_slots
 from .counters import Counters
+from .disk import Disk
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size, return_freed_memory
+from .heat import Heat
 from .hub import resolve
 from .opened import Opened, open_model
 from .probe import choose_backend
@@ -63,6 +65,7 @@ class Streamer:
         self.opened, self.budget, self.store, self.io = opened, budget, store, choice
         self.counters = Counters()
         self.executors: list[Executor] = []
+        self.heat: Heat | None = None
         self.learnt: dict[str, Any] = {}  # what one generation leaves for the next
         self._watch: Watch | None = None
 
@@ -117,16 +120,25 @@ class Streamer:
             "hits": counters.hits,
             "misses": counters.misses,
             "bytes_read": self.store.counters.bytes_read if self.store else 0,
+            "imitated_disk": str(self.store.disk) if self.store and self.store.disk else None,
             "reads": self.store.counters.reads if self.store else 0,
             "prefetch_issued": counters.prefetched,
             "prefetch_used": counters.prefetch_used,
             "io_wait_seconds": counters.io_wait_seconds,
+            "warm_filled": self.heat.filled if self.heat else 0,
+            "warm_seconds": self.heat.seconds if self.heat else 0.0,
         }
 
     def close(self) -> None:
-        """Stop the readers and close the files."""
+        """Stop the readers and close the files; add to the heat file, where there is one.
+
+        Raises UsageError where that was asked for by name and cannot be written.
+        """
+        heat, self.heat = self.heat, None
         if self.store is not None:
             self.store.close()
+        if heat is not None:
+            heat.save(self.executors)
 
 
 def load(
@@ -138,6 +150,7 @@ def load(
     dtype: str = "auto",
     mtp: bool = False,
     executor: Choice = "layerwise",
+    heat: str = "off",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint folder or repository so that the process stays within `memory`.
@@ -147,6 +160,7 @@ def load(
     io: auto, mmap, pread or direct. dtype: auto, stored or float32. mtp: with the MTP
     head, where there is one, for `streamer.stream_generate` to draft with. executor:
     layerwise, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
+    heat: off, auto or a file, for a warm start (`streamer.heat`); closing the streamer adds to it.
     Raises a StreamerError whose text is one line.
     """
     path = resolve(str(model))
@@ -155,7 +169,7 @@ def load(
     spare = default_budget()[0] if memory is None else None
     budget = divide(opened, memory, context, spare=spare)
     said = progress or (lambda *_: None)
-    return attach(opened, budget, io, said, executor=executor), tokenizer
+    return attach(opened, budget, io, said, executor=executor, heat=heat), tokenizer
 
 
 def open_tokenizer(opened: Opened) -> TokenizerWrapper:
@@ -177,11 +191,12 @@ def attach(
     progress: Progress,
     *,
     executor: Choice = "layerwise",
-    throttle: float | None = None,
+    disk: Disk | None = None,
+    heat: str = "off",
 ) -> nn.Module:
     """Read the trunk, make the pools, swap the switches; the model is ready to call.
 
-    throttle: see `streamer.store.Store`.
+    disk: one to imitate; heat: see `streamer.heat`.
     """
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
@@ -191,7 +206,7 @@ def attach(
     fast.install()
     return_freed_memory()
     mx.set_cache_limit(budget.workspace // 6)
-    store, chosen = _open_store(opened, budget, io, throttle)
+    store, chosen = _open_store(opened, budget, io, disk)
     streamer = Streamer(opened, budget, store, chosen)
     model = opened.model
     done = 0
@@ -209,6 +224,9 @@ def attach(
             switches = run.fill(lambda n, total: progress("experts", n, total))
             paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
+    streamer.heat = Heat.of(heat, opened)
+    if streamer.heat is not None:
+        streamer.heat.fill(streamer.executors, lambda n, total: progress("experts", n, total))
     model.streamer = streamer
     if executor != "layerwise" and opened.layers and not streamer.resident:
         found = decoder_layers(model, [layer.path for layer in opened.trunk_layers])
@@ -225,7 +243,8 @@ def load_streamed(
     dtype: str = "stored",
     mtp: bool = False,
     executor: Choice = "layerwise",
-    throttle: float | None = None,
+    disk: Disk | None = None,
+    heat: str = "off",
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
 
@@ -238,7 +257,8 @@ def load_streamed(
         counts = spread(counts, slots / max(1, opened.experts), opened.top_k)
     pool = sum(n * held_bytes(fmt) for fmt, n in zip(opened.groups, counts, strict=True))
     limited = with_slots(budget, counts, pool)
-    return attach(opened, limited, io, lambda *_: None, executor=executor, throttle=throttle)
+    quiet: Progress = lambda *_: None  # noqa: E731
+    return attach(opened, limited, io, quiet, executor=executor, disk=disk, heat=heat)
 
 
 def spread(counts: Sequence[int], share: float, top_k: int) -> tuple[int, ...]:
@@ -257,7 +277,7 @@ def expert_bytes(opened: Opened) -> int:
 
 
 def _open_store(
-    opened: Opened, budget: Budget, io: str, throttle: float | None
+    opened: Opened, budget: Budget, io: str, disk: Disk | None
 ) -> tuple[Store | None, str]:
     if io not in ("auto", "mmap", "pread", "direct"):
         raise UsageError(f"--io must be auto, mmap, pread or direct, not {io!r}")
@@ -265,9 +285,9 @@ def _open_store(
         return None, "none"
     files = opened.files
     if io != "auto":
-        return Store(files, backend=cast(Backend, io), throttle=throttle), io
+        return Store(files, backend=cast(Backend, io), disk=disk), io
     choice = choose_backend(files, expert_bytes(opened), max(0, budget.limit - footprint()))
-    store = Store(files, backend=choice.backend, drop_behind=choice.drop_behind, throttle=throttle)
+    store = Store(files, backend=choice.backend, drop_behind=choice.drop_behind, disk=disk)
     return store, choice.backend
 
 

@@ -49,6 +49,9 @@ class Lrfu(SlotPool):
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
         self._at = layer
 
+    def seed(self, layer: int, shares: np.ndarray) -> None:
+        self.heat(layer)[:] = shares / (1 - DECAY)
+
     def touch(self, layer: int, experts: Iterable[int]) -> None:
         for expert in experts:
             self._settle(layer, int(expert))

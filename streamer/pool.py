@@ -35,6 +35,9 @@ class SlotPool:
     def chose(self, layer: int, ids: np.ndarray) -> None:
         """A router chose ids [..., k], rows in order; told before the pool changes for them."""
 
+    def seed(self, layer: int, shares: np.ndarray) -> None:
+        """Expert e of the layer is chosen by shares[e] of rows, by what was seen elsewhere."""
+
     def touch(self, layer: int, experts: Iterable[int]) -> None:
         """Mark resident experts as the most recently used."""
         for expert in experts:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import NamedTuple
 
+import numpy as np
+
 from .backends import BLOCK
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -30,6 +32,24 @@ class Piece(NamedTuple):
     file: int
     offset: int
     dest: memoryview
+
+
+class Widening(NamedTuple):
+    """16-bit floats in `stored` become float32 in `out`; brain: bfloat16 ones."""
+
+    stored: memoryview
+    out: memoryview
+    brain: bool
+
+
+def widened(one: Widening) -> None:
+    """Do it, exactly."""
+    out = np.frombuffer(one.out, np.float32)
+    if one.brain:
+        stored = np.frombuffer(one.stored, np.uint16)
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[:] = np.frombuffer(one.stored, np.float16)
 
 
 class Run(NamedTuple):

@@ -172,7 +172,7 @@ class _Done:
 
 
 class _NoDisk:
-    def read(self, pieces: Any, guess: float | None = None) -> _Done:
+    def read(self, pieces: Any, guess: float | None = None, widen: Any = ()) -> _Done:
         return _Done()
 
 

@@ -9,12 +9,14 @@ Text goes to stdout as it is made, everything else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import Interrupted, Parser, bar, command, interruptible, number, say, write_json
+from .disk import Disk
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +63,17 @@ def parser() -> Parser:
         "(auto: whichever is measured faster)",
     )
     p.add_argument(
-        "--throttle", type=number(0.001), metavar="GB/s", help="imitate a disk as slow as this"
+        "--disk",
+        type=Disk.parse,
+        metavar="1.5GB/s[@100us]",
+        help="imitate a disk as slow as this",
+    )
+    p.add_argument(
+        "--heat",
+        default=os.environ.get("STREAMER_HEAT") or "auto",
+        metavar="auto|off|FILE",
+        help="start with the experts that earlier runs used most, remembered in a file of 1 MB at "
+        "most (auto: one per model in the cache folder; STREAMER_HEAT sets the default)",
     )
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--stats", type=Path, help="write what happened to this JSON file")

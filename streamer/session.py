@@ -50,7 +50,8 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
             args.io,
             lambda what, done, all_: update(done, all_, "MB"),
             executor=args.executor,
-            throttle=args.throttle and args.throttle * 1e9,
+            disk=args.disk,
+            heat=getattr(args, "heat", "off"),
         )
     return Session(model, tokenizer, tokens, args, why, about_head)
 

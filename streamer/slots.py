@@ -12,14 +12,13 @@ CPU), it is read into a small buffer and widened on arrival.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .experts import ExpertFormat, LayerExperts, projections
-from .store import Piece
+from .ranges import Piece, Widening
 from .trace import FILE_SHIFT
 
 _OFFSET = (1 << FILE_SHIFT) - 1
@@ -45,17 +44,17 @@ class SlotArrays:
 
     def pieces(
         self, layer: LayerExperts, expert: int, slot: int
-    ) -> tuple[list[Piece], list[Callable[[], None]]]:
-        """Reads that fill `slot` with `expert`, and what to call when they are done."""
-        pieces, finish = [], []
+    ) -> tuple[list[Piece], list[Widening]]:
+        """Reads that fill `slot` with `expert`, and what to widen when they are done."""
+        pieces, widen = [], []
         for tensor, starts, view in zip(layer.format, layer.starts, self._bytes, strict=True):
-            dest = view[slot]
+            dest = view[slot].data
             if tensor.stored != tensor.held:
-                dest = np.empty(tensor.stored_bytes, dtype=np.uint8)
-                finish.append(widening(dest, tensor.stored, view[slot]))
+                out, dest = dest, np.empty(tensor.stored_bytes, dtype=np.uint8).data
+                widen.append(Widening(dest, out, tensor.stored == mx.bfloat16))
             address = int(starts[expert])
-            pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, memoryview(dest)))
-        return pieces, finish
+            pieces.append(Piece(address >> FILE_SHIFT, address & _OFFSET, dest))
+        return pieces, widen
 
     def bind(self, switch: nn.Module, slots: slice = slice(None)) -> nn.Module:
         """The switch with its stacked weights replaced by (those) slots of the pool.
@@ -73,16 +72,3 @@ class SlotArrays:
                     held[kind] = arrays[name, kind]
             bound[name] = held
         return bound
-
-
-def widening(stored: np.ndarray, dtype: mx.Dtype, out: np.ndarray) -> Callable[[], None]:
-    """float16 or bfloat16 bytes to float32, exactly."""
-
-    def widen() -> None:
-        wide = out.view(np.float32)
-        if dtype == mx.bfloat16:
-            np.left_shift(stored.view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32)
-        else:
-            wide[:] = stored.view(np.float16)
-
-    return widen

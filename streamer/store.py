@@ -8,6 +8,7 @@ read, `streamer.probe` picks one.
 
 Reads that are waited for go before guesses (`streamer.read_queue`); a guess can be
 promoted or taken back while it is queued. Nothing is cached and duplicates are read twice.
+The threads are the extension's where it can read (`streamer.native_reads`), else Python's.
 
     with Store([path], backend="pread") as store:
         buffer = bytearray(1 << 20)
@@ -26,8 +27,10 @@ from pathlib import Path
 from typing import Literal, Self
 
 from .backends import Direct, Mapped, Pread
+from .disk import Clock, Disk
 from .errors import StreamerError, UsageError
-from .ranges import Piece, Run, cut, merge
+from .native_reads import NativeReads, NativeTicket, usable
+from .ranges import Piece, Run, Widening, cut, merge, widened
 from .read_queue import Guess, ReadQueue
 from .watch import Watch
 
@@ -58,14 +61,15 @@ class Counters:
 class Ticket:
     """The reads of one `Store.read` call."""
 
-    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store")
+    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store", "_widen")
 
-    def __init__(self, store: Store, reads: int):
+    def __init__(self, store: Store, reads: int, widen: Sequence[Widening] = ()):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
-        self._asked = 0.0 if store.watch is None else time.perf_counter()
+        self._asked = time.perf_counter()
         self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
+        self._widen = widen
         self._busy = threading.Lock()  # released with the last read
         self._busy.acquire()
 
@@ -88,17 +92,27 @@ class Ticket:
             self._store._waited(time.perf_counter() - began)
         if self._error is not None:
             raise self._error
+        for one in self._widen:
+            widened(one)
+        self._widen = ()
+
+    @property
+    def _engine(self) -> _Engine:
+        engine = self._store._engine
+        assert isinstance(engine, _Engine)
+        return engine
 
     def promote(self) -> None:
         """Somebody will wait for this guess now: what is still queued becomes a demand."""
-        self._store._engine.queue.promote(self._guesses)
+        self._asked = time.perf_counter()
+        self._engine.queue.promote(self._guesses)
 
     def cancel(self) -> None:
         """Take a guess back. Reads under way still land: `wait` first, before the
         destinations are used for anything else; it raises if anything was left out.
         Of demands nothing is taken back.
         """
-        engine = self._store._engine
+        engine = self._engine
         for guess in engine.queue.cancel(self._guesses):
             engine._finish(self, engine._error(guess.job[1], "the guess was taken back"))
 
@@ -111,8 +125,7 @@ class Store:
 
     files: opened at once, addressed by index. backend: see `streamer.backends`.
     drop_behind: keep nothing in the page cache (`direct` never does).
-    threads: reads in flight. throttle: bytes per second that all reads together
-    may take, to imitate a slower disk in benchmarks; only ever slows down.
+    threads: reads in flight. disk: one to imitate, see `streamer.disk`.
 
     Raises StreamerError when a file cannot be opened or the back end does not
     work there, UsageError for senseless options.
@@ -125,19 +138,18 @@ class Store:
         backend: Backend = "pread",
         drop_behind: bool = False,
         threads: int = THREADS,
-        throttle: float | None = None,
+        disk: Disk | None = None,
     ):
         if threads < 1:
             raise UsageError(f"an expert store needs at least one thread, not {threads}")
-        if throttle is not None and not throttle > 0:
-            raise UsageError(f"a disk cannot be throttled to {throttle} bytes per second")
         if backend not in BACKENDS:
             raise UsageError(f"no I/O back end {backend!r}; there are {', '.join(BACKENDS)}")
         self.files = [Path(f) for f in files]
         self.backend = backend
         self.drop_behind = drop_behind or backend == "direct"
         self.threads = threads
-        self.counters = Counters()
+        self.disk = disk
+        self._counters = Counters()
         source: Pread
         if backend == "direct":
             source = Direct(self.files)
@@ -146,9 +158,27 @@ class Store:
         else:
             source = Pread(self.files, drop_behind)
         # Workers hold the engine, not the store, so that a forgotten store closes itself.
-        self._engine = _Engine(self.files, source, self.counters, throttle)
+        self._engine: _Engine | NativeReads
+        if usable(source):
+            self._engine = NativeReads(
+                self.files,
+                source,
+                threads=threads,
+                chunks=(CHUNK_MIN, CHUNK_MAX),
+                guess_bytes=GUESS_BYTES,
+                disk=disk,
+            )
+        else:
+            self._engine = _Engine(self.files, source, self._counters, disk)
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, self._engine.stop)
+
+    @property
+    def counters(self) -> Counters:
+        """What the reads cost so far."""
+        if isinstance(self._engine, NativeReads):
+            self._counters.bytes_read, self._counters.reads = self._engine.counts
+        return self._counters
 
     @property
     def watch(self) -> Watch | None:
@@ -162,27 +192,37 @@ class Store:
     @property
     def guess_bytes(self) -> int:
         """Bytes of guesses under way at once, at most (one read at least); 0 starts none."""
-        return self._engine.queue.guess_bytes
+        return self._engine.guess_bytes
 
     @guess_bytes.setter
     def guess_bytes(self, nbytes: int) -> None:
-        self._engine.queue.guess_bytes = nbytes
+        self._engine.guess_bytes = nbytes
 
-    def read(self, pieces: Sequence[Piece], guess: float | None = None) -> Ticket:
+    def read(
+        self,
+        pieces: Sequence[Piece],
+        guess: float | None = None,
+        widen: Sequence[Widening] = (),
+    ) -> Ticket | NativeTicket:
         """Queue the pieces; their destinations must stay untouched until the ticket is done.
 
         guess: nobody may ever need it; it waits for all demands and for guesses of a smaller
-        number, and can be promoted or taken back.
+        number, and can be promoted or taken back. widen: what `Ticket.wait` finds done besides.
         Raises StreamerError when the store is closed, IndexError for unknown files.
         """
+        if any(not 0 <= piece.file < len(self.files) for piece in pieces):
+            raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
+        if isinstance(self._engine, NativeReads):
+            if not self._close.alive:
+                raise StreamerError("the expert store is closed")
+            native = self._engine.submit(pieces, guess, widen)
+            return NativeTicket(self._engine, native, self._waited)
         runs = merge(pieces)
         if runs:
-            if runs[0].file < 0 or runs[-1].file >= len(self.files):
-                raise IndexError(f"pieces name files outside 0..{len(self.files) - 1}")
             size = -(-sum(run.nbytes for run in runs) // self.threads)
             size = CHUNK_MIN if guess is not None else min(max(size, CHUNK_MIN), CHUNK_MAX)
             runs = [c for run in runs for c in cut(run, size)]
-        ticket = Ticket(self, len(runs))
+        ticket = Ticket(self, len(runs), widen)
         with self._lock:
             if not self._close.alive:
                 raise StreamerError("the expert store is closed")
@@ -206,25 +246,29 @@ class Store:
         self.close()
 
     def _waited(self, seconds: float) -> None:
-        with self._engine.lock:
-            self.counters.wait_seconds += seconds
+        self._counters.wait_seconds += seconds
 
 
 class _Engine:
     """The queue and its threads, which start with the first read."""
 
-    def __init__(
-        self, files: list[Path], source: Pread, counters: Counters, throttle: float | None
-    ):
+    def __init__(self, files: list[Path], source: Pread, counters: Counters, disk: Disk | None):
         self.files = files
         self.source = source
         self.counters = counters
         self.lock = threading.Lock()
         self.watch: Watch | None = None
-        self._throttle = throttle
-        self._free_at = 0.0  # when the throttled disk will have done all it has accepted
+        self._clock = None if disk is None else Clock(disk)
         self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
         self._threads: list[threading.Thread] = []
+
+    @property
+    def guess_bytes(self) -> int:
+        return self.queue.guess_bytes
+
+    @guess_bytes.setter
+    def guess_bytes(self, nbytes: int) -> None:
+        self.queue.guess_bytes = nbytes
 
     def start(self, threads: int) -> None:
         if not self._threads:
@@ -245,22 +289,21 @@ class _Engine:
     def _work(self) -> None:
         while (job := self.queue.get()) is not None:
             if isinstance(job, Guess):
-                self._do(*job.job)
+                self._do(*job.job, time.perf_counter())  # it may have been held back till now
                 self.queue.finished(job)
             else:
-                self._do(*job)
+                self._do(*job, job[0]._asked)
             del job
 
-    def _do(self, ticket: Ticket, run: Run) -> None:
+    def _do(self, ticket: Ticket, run: Run, asked: float) -> None:
         if ticket._error is not None:
             self._finish(ticket)
             return
-        error, asked = None, 0
-        watch = self.watch if ticket._asked else None  # one that came later knows no start
+        error, nbytes, watch = None, 0, self.watch
         began = 0.0 if watch is None else time.perf_counter()
-        until = self._reserve(run.nbytes)
+        until = 0.0 if self._clock is None else self._clock.begin(run.nbytes, asked)
         try:
-            asked = self.source.fetch(*run)
+            nbytes = self.source.fetch(*run)
         except EOFError:
             error = self._error(run, "the file is too short; was it truncated?")
         except OSError as problem:
@@ -269,18 +312,11 @@ class _Engine:
         except Exception as problem:  # a thread that dies would leave its waiters waiting
             error = self._error(run, repr(problem))
             error.__cause__ = problem
-        if until:
-            time.sleep(max(0.0, until - time.monotonic()))
+        if self._clock is not None:
+            self._clock.until(until)
         if watch is not None and error is None:
-            watch.read(asked, began - ticket._asked, time.perf_counter() - began)
-        self._finish(ticket, error, asked)
-
-    def _reserve(self, nbytes: int) -> float:
-        if self._throttle is None:
-            return 0.0
-        with self.lock:
-            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._throttle
-            return self._free_at
+            watch.read(nbytes, began - ticket._asked, time.perf_counter() - began)
+        self._finish(ticket, error, nbytes)
 
     def _finish(self, ticket: Ticket, error: StreamerError | None = None, asked: int = 0) -> None:
         with self.lock:

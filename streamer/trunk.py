@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 from .errors import CheckpointError
 from .opened import Opened, trunk_parameters
-from .slots import widening
+from .ranges import Widening, widened
 from .trace import FILE_SHIFT, plain, source_of
 
 PIECE = 4 << 20  # stored bytes widened at once; smaller tensors are left to MLX
@@ -66,5 +66,6 @@ def _widened(opened: Opened, address: int, parameter: mx.array) -> mx.array:
         stored = np.fromfile(file, np.uint8, nbytes, offset=offset + at)
         if len(stored) < nbytes:
             raise CheckpointError(f"{file} was cut off while it was read")
-        widening(stored, parameter.dtype, held[2 * at : 2 * (at + nbytes)])()
+        out = held[2 * at : 2 * (at + nbytes)]
+        widened(Widening(stored.data, out.data, parameter.dtype == mx.bfloat16))
     return array

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,21 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc or Linux
 SIZES = (1_500_001, 300_000)
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
+@pytest.fixture(params=["extension", "python"])
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> list[Path]:
+    """Of the sizes above; the test runs once with each kind of reading threads."""
+    monkeypatch.setenv("STREAMER_READS", request.param)
     paths = []
     for i, size in enumerate(SIZES):
         paths.append(tmp_path / f"shard-{i}.safetensors")
         paths[-1].write_bytes(random.Random(i).randbytes(size))
     return paths
+
+
+@pytest.fixture
+def python_reads(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that stand in for the kernel."""
+    monkeypatch.setenv("STREAMER_READS", "python")
 
 
 def open_store(files: list[Path], backend: str, **options) -> Store:

@@ -51,9 +51,9 @@ def test_a_prefill_chunk_reads_each_expert_at_most_once(
     asked: list[tuple[int, int]] = []
     read = Store.read
 
-    def note(self: Store, pieces: Any, guess: Any = None) -> Any:
+    def note(self: Store, pieces: Any, *rest: Any) -> Any:
         asked.extend((p.file, p.offset) for p in pieces)
-        return read(self, pieces, guess)
+        return read(self, pieces, *rest)
 
     monkeypatch.setattr(Store, "read", note)
     run(model, [300])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from streamer import probe
+from streamer.disk import Disk
 from streamer.errors import StreamerError, UsageError
 from streamer.probe import AMPLE, TIGHT, Measurement, Way, choose_backend, measure
 from streamer.store import Store
@@ -177,7 +178,7 @@ def test_limits(large, monkeypatch):
 def test_a_slow_disk_is_measured_as_slow(large, monkeypatch):
     class Slow(Store):
         def __init__(self, files, **options):
-            super().__init__(files, throttle=2e7, **options)
+            super().__init__(files, disk=Disk(2e7), **options)
 
     monkeypatch.setattr(probe, "Store", Slow)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which read goes first: the queue alone, and a throttled store under wrong guesses."""
+"""Which read goes first: the queue alone, and a store on a slow disk under wrong guesses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamer.disk import Disk
 from streamer.errors import StreamerError
 from streamer.read_queue import Guess, ReadQueue
 from streamer.store import CHUNK_MIN, Piece, Store
@@ -92,7 +93,7 @@ def test_no_guess_starts_when_they_are_off() -> None:
 
 
 def test_a_guess_that_is_asked_for_overtakes_the_others(file: Path) -> None:
-    with Store([file], threads=1, throttle=20e6) as store:
+    with Store([file], threads=1, disk=Disk(20e6)) as store:
         guesses = [store.read([piece(i << 18, CHUNK_MIN)], guess=i) for i in range(8)]
         guesses[7].promote()
         guesses[7].wait()
@@ -100,7 +101,7 @@ def test_a_guess_that_is_asked_for_overtakes_the_others(file: Path) -> None:
 
 
 def test_guesses_taken_back_are_not_read(file: Path) -> None:
-    with Store([file], threads=1, throttle=20e6) as store:
+    with Store([file], threads=1, disk=Disk(20e6)) as store:
         guesses = [store.read([piece(i << 19, 1 << 19)], guess=0) for i in range(8)]
         for guess in guesses:
             guess.cancel()
@@ -119,7 +120,7 @@ def test_wrong_guesses_cost_a_demand_what_was_under_way(file: Path) -> None:
 
     def median(guessing: bool) -> float:
         times = []
-        with Store([file], throttle=rate) as store:
+        with Store([file], disk=Disk(rate)) as store:
             store.guess_bytes = 64 << 10
             for i in range(12):
                 tickets = []

@@ -11,11 +11,13 @@ import pytest
 import stores
 from stores import SIZES, check, open_descriptors, open_store, piece, some_pieces, trickle
 
+from streamer.disk import Disk
 from streamer.errors import StreamerError, UsageError
 from streamer.ranges import BLOCK
 from streamer.store import BACKENDS, Piece, Store
 
 files = stores.files
+python_reads = stores.python_reads
 
 
 @pytest.mark.parametrize("drop_behind", [False, True])
@@ -40,7 +42,7 @@ def test_whole_file_in_one_piece(files, backend):
 
 @pytest.mark.parametrize("backend", ["pread", "direct"])
 @pytest.mark.parametrize("limit", [1000, 4096, 5000, 40_000])
-def test_short_reads_and_interruptions(files, backend, limit, monkeypatch):
+def test_short_reads_and_interruptions(files, python_reads, backend, limit, monkeypatch):
     with open_store(files, backend) as reads:
         # A direct read that made no whole block of progress is made again.
         sizes = random.Random(limit)
@@ -83,7 +85,7 @@ def test_nothing_to_read(files):
 
 
 def test_counters(files):
-    with Store(files, throttle=1e6) as reads:
+    with Store(files, disk=Disk(1e6)) as reads:
         ticket = reads.read([piece(0, 10, 100_000)])
         assert not ticket.done
         ticket.wait()
@@ -93,16 +95,6 @@ def test_counters(files):
     with open_store(files, "direct") as reads:
         reads.read([piece(0, BLOCK - 1, 2)]).wait()
         assert reads.counters.bytes_read == 2 * BLOCK  # as the kernel was asked
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_throttle(files, threads):
-    with Store(files, threads=threads, throttle=3e6) as reads:
-        began = time.perf_counter()
-        tickets = [reads.read([piece(0, i * 100_000, 100_000)]) for i in range(15)]
-        for ticket in tickets:
-            ticket.wait()
-        assert 0.5 * 0.99 <= time.perf_counter() - began <= 0.5 * 1.2
 
 
 # Errors
@@ -131,7 +123,7 @@ def test_range_past_the_end(files, backend):
             reads.read([piece(1, SIZES[1] + 10**6, 11)]).wait()
 
 
-def test_errors_of_the_disk(files, monkeypatch):
+def test_errors_of_the_disk(files, python_reads, monkeypatch):
     with Store(files) as reads:
 
         def broken(fd, buffers, offset):
@@ -149,7 +141,7 @@ def test_a_destination_that_cannot_be_written_hangs_nothing(files):
                 reads.read([Piece(0, 0, memoryview(b"constant"))]).wait()
 
 
-def test_wait_returns_after_the_last_read(files, monkeypatch):
+def test_wait_returns_after_the_last_read(files, python_reads, monkeypatch):
     """An error is not told while other reads still write to their destinations."""
     real = os.preadv
 
@@ -177,7 +169,7 @@ def test_files_that_cannot_be_opened(files, tmp_path):
 
 
 def test_senseless_options(files):
-    for options in ({"threads": 0}, {"throttle": 0}, {"throttle": float("nan")}, {"backend": "x"}):
+    for options in ({"threads": 0}, {"backend": "x"}):
         with pytest.raises(UsageError):
             Store(files, **options)
     with Store(files) as reads:

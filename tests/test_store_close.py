@@ -11,16 +11,18 @@ import pytest
 import stores
 from stores import check, open_descriptors, open_store, piece
 
+from streamer.disk import Disk
 from streamer.errors import StreamerError
 from streamer.store import BACKENDS, Store
 
 files = stores.files
+python_reads = stores.python_reads
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_close_while_reading(files, backend):
     before = open_descriptors()
-    reads = open_store(files, backend, threads=2, throttle=1e6)
+    reads = open_store(files, backend, threads=2, disk=Disk(1e6))
     tickets = [reads.read([piece(0, i * 1000, 50_000)]) for i in range(30)]
     began = time.perf_counter()
     reads.close()
@@ -41,7 +43,7 @@ def test_close_while_reading(files, backend):
     assert open_descriptors() == before
 
 
-def test_close_waits_for_the_read_under_way(files, monkeypatch):
+def test_close_waits_for_the_read_under_way(files, python_reads, monkeypatch):
     real, begun = os.preadv, threading.Event()
 
     def preadv(fd, buffers, offset):
@@ -61,7 +63,7 @@ def test_close_waits_for_the_read_under_way(files, monkeypatch):
 
 
 def test_waiter_is_released_by_close(files):
-    reads = Store(files, threads=1, throttle=1e5)
+    reads = Store(files, threads=1, disk=Disk(1e5))
     tickets = [reads.read([piece(0, i, 20_000)]) for i in range(9)]
     errors = []
 
@@ -90,7 +92,7 @@ def test_a_forgotten_store_closes_itself(files):
         time.sleep(0.01)
 
 
-def test_no_threads_before_the_first_read(files):
+def test_no_threads_before_the_first_read(files, python_reads):
     before = threading.active_count()
     with Store(files, threads=3) as reads:
         assert threading.active_count() == before
@@ -109,8 +111,9 @@ def test_interpreter_exit_with_reads_under_way(files, backend):
     open_store(files, backend).close()
     code = """if 1:
         import sys
+        from streamer.disk import Disk
         from streamer.store import Piece, Store
-        store = Store([sys.argv[1]], backend=sys.argv[2], throttle=2e5)
+        store = Store([sys.argv[1]], backend=sys.argv[2], disk=Disk(2e5))
         tickets = [store.read([Piece(0, i, memoryview(bytearray(50_000)))]) for i in range(99)]
         print("bye")
     """

@@ -23,6 +23,7 @@ from mlx_lm.utils import load_tokenizer
 
 from streamer.bench import PROMPT
 from streamer.console import Parser, command, number
+from streamer.disk import Disk
 from streamer.engine import Timing, generate
 from streamer.experts import stored_bytes
 from streamer.loading import expert_count, load_streamed
@@ -79,7 +80,7 @@ class _Turns:
             dtype="auto",
             mtp=bool(args.mtp),
             executor=executor,  # type: ignore[arg-type]
-            throttle=disk,
+            disk=Disk(disk) if disk else None,
         )
         self.model = model
         self._prompt = load_tokenizer(path).encode(PROMPT)

@@ -44,7 +44,10 @@ streamer::Alike alike(const Group& group) {
 
 } // namespace
 
+void bind_reads(nb::module_& m);  // reads_python.cpp
+
 NB_MODULE(native, m) {
+  bind_reads(m);
   m.def("isas", &streamer::isas, "Instruction sets that run here, fastest first.");
   m.def("isa", &streamer::isa, "The instruction set in use.");
   m.def("set_isa", &streamer::set_isa, "name"_a, "Use one of isas(); False if it isn't one.");

@@ -1,0 +1,141 @@
+// kernels.native.Reads: what Python sees of reads.h.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "reads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+// The memory of a buffer that its owner keeps for as long as `held` lives.
+std::pair<char*, size_t> memory(nb::handle buffer, bool writable) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(buffer.ptr(), &view, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
+    throw nb::python_error();
+  }
+  std::pair<char*, size_t> found{static_cast<char*>(view.buf), static_cast<size_t>(view.len)};
+  PyBuffer_Release(&view);
+  return found;
+}
+
+// A batch and the buffers that it fills, which must not go while reads are under way.
+struct Ticket {
+  std::shared_ptr<streamer::Reads> reads;
+  std::shared_ptr<streamer::ReadBatch> batch;
+  nb::object held;
+
+  Ticket(std::shared_ptr<streamer::Reads> r, std::shared_ptr<streamer::ReadBatch> b, nb::object h)
+      : reads(std::move(r)), batch(std::move(b)), held(std::move(h)) {}
+  Ticket(const Ticket&) = delete;
+  ~Ticket() {
+    if (done()) return;
+    nb::gil_scoped_release free;
+    reads->cancel(batch, true);
+    while (!reads->wait(*batch, 1)) {
+    }
+  }
+
+  bool done() const { return batch->left.load(std::memory_order_acquire) == 0; }
+
+  void wait() {
+    while (!done()) {
+      {
+        nb::gil_scoped_release free;
+        reads->wait(*batch, 0.1);
+      }
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    }
+    if (batch->state == streamer::reading_fine) held.reset();
+  }
+
+  // State (0: fine, an errno, or of ReadState), and file, offset and bytes of the read it is about.
+  std::tuple<int, int, int64_t, size_t> error() const {
+    if (batch->state == streamer::reading_fine || batch->runs.empty()) return {batch->state, 0, 0, 0};
+    const streamer::ReadRun& run = batch->runs[batch->failed];
+    return {batch->state, run.file, run.offset, run.nbytes};
+  }
+};
+
+Ticket* submit(
+    const std::shared_ptr<streamer::Reads>& self, nb::sequence pieces, nb::sequence widen,
+    std::optional<double> guess) {
+  std::vector<streamer::ReadPiece> wanted;
+  for (nb::handle piece : pieces) {
+    auto [at, nbytes] = memory(piece[2], true);
+    wanted.push_back({nb::cast<int>(piece[0]), nb::cast<int64_t>(piece[1]), at, nbytes});
+  }
+  std::vector<streamer::Widening> widenings;
+  for (nb::handle one : widen) {
+    auto [from, stored] = memory(one[0], false);
+    auto [to, held] = memory(one[1], true);
+    if (held != 2 * stored) throw std::invalid_argument("widening takes twice the bytes");
+    widenings.push_back(
+        {reinterpret_cast<const uint16_t*>(from), reinterpret_cast<float*>(to), stored / 2,
+         nb::cast<bool>(one[2])});
+  }
+  nb::object held = nb::make_tuple(pieces, widen);
+  auto batch = self->submit(std::move(wanted), std::move(widenings), guess);
+  return new Ticket(self, std::move(batch), std::move(held));
+}
+
+}  // namespace
+
+void bind_reads(nb::module_& m) {
+  nb::class_<Ticket>(m, "ReadTicket")
+      .def_prop_ro("done", &Ticket::done)
+      .def("wait", &Ticket::wait, "Until nothing of it is under way any more.")
+      .def("error", &Ticket::error)
+      .def("promote", [](Ticket& t) { t.reads->promote(t.batch); })
+      .def("cancel", [](Ticket& t) { t.reads->cancel(t.batch); });
+  // held by shared_ptr: a ticket keeps its engine
+  struct Engine {
+    std::shared_ptr<streamer::Reads> reads;
+  };
+  nb::class_<Engine>(m, "Reads")
+      .def(
+          "__init__",
+          [](Engine* self, std::vector<int> fds, int threads, bool direct, bool drop_behind,
+             size_t block, size_t gap, size_t chunk_min, size_t chunk_max, double bandwidth,
+             double latency, size_t guess_bytes) {
+            streamer::ReadOptions options{
+                threads, direct, drop_behind, block, gap, chunk_min, chunk_max, bandwidth, latency,
+                guess_bytes};
+            new (self) Engine{std::make_shared<streamer::Reads>(std::move(fds), options)};
+          },
+          "fds"_a, nb::kw_only(), "threads"_a, "direct"_a, "drop_behind"_a, "block"_a, "gap"_a,
+          "chunk_min"_a, "chunk_max"_a, "bandwidth"_a, "latency"_a, "guess_bytes"_a)
+      .def(
+          "submit",
+          [](Engine& self, nb::sequence pieces, nb::sequence widen, std::optional<double> guess) {
+            return submit(self.reads, pieces, widen, guess);
+          },
+          "pieces"_a, "widen"_a, "guess"_a = nb::none(), nb::rv_policy::take_ownership,
+          "Queue reads of (file, offset, buffer), then widen (from, to, bfloat16 or not).")
+      .def(
+          "stop",
+          [](Engine& self) {
+            nb::gil_scoped_release free;
+            self.reads->stop();
+          })
+      .def_prop_ro("bytes_read", [](Engine& self) { return self.reads->bytes_read.load(); })
+      .def_prop_ro("reads", [](Engine& self) { return self.reads->reads.load(); })
+      .def_prop_rw(
+          "guess_bytes", [](Engine& self) { return self.reads->guess_bytes.load(); },
+          [](Engine& self, size_t n) { self.reads->set_guess_bytes(n); })
+      .def_prop_rw(
+          "logging", [](Engine& self) { return self.reads->logging.load(); },
+          [](Engine& self, bool on) { self.reads->logging = on; })
+      .def("take_log", [](Engine& self) {
+        nb::list out;
+        for (const auto& log : self.reads->take_log()) {
+          out.append(nb::make_tuple(log.nbytes, log.queued, log.seconds));
+        }
+        return out;
+      });
+}
