@@ -34,6 +34,7 @@ from .console import Parser, bar, command, number, say
 from .errors import StreamerError, UsageError
 
 SHARES = "100,50,25,12"
+PROCESS = 200 << 20  # bytes of an interpreter with MLX, a prompt's cache and workspace
 QUICK_SHARES, QUICK_SECONDS = "100,50", 35
 PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    "
 DRAFTS = ("off", "auto", *map(str, range(1, 9)))
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         args.rounds, args.tokens = 2, 32
     if (args.llama is None) != (args.gguf is None):
         raise UsageError("--llama and --gguf go together")
-    from .footprint import parse_size
+    from .footprint import available_memory, parse_size
     from .hub import resolve
     from .loading import expert_bytes
     from .opened import open_model
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     if not opened.layers:
         raise StreamerError(f"{path} has no routed experts; there is nothing to page")
     names = _configurations(args, open_model(path, args.dtype, mtp=True))
+    if limit is None:
+        names = _fitting(names, opened, available_memory())
     disk = measure(opened.checkpoint.files, expert_bytes(opened), args.io)
     results = _turns(names, path, limit, args, until)
     rows = [row(name, results, disk.bandwidth) for name in names]
@@ -123,6 +126,33 @@ def _configurations(args: Any, opened: Any) -> list[Configuration]:
         ours = crossed(shares, drafts, executors)
     first = [] if args.no_memory_row else [MEMORY]
     return [*first, *ours, *([LLAMA] if args.llama else [])]
+
+
+def _fitting(names: list[Configuration], opened: Any, room: int) -> list[Configuration]:
+    """Those whose processes fit into `room` bytes all at once; the largest are left out, and said.
+
+    Raises StreamerError where none does.
+    """
+    from .experts import held_bytes
+    from .footprint import format_size
+
+    groups = opened.groups.items()
+    experts = sum(held_bytes(fmt) * layer.count for fmt, layers in groups for layer in layers)
+    sizes = {
+        name: PROCESS + opened.trunk_bytes + experts * (name.share or 100) // 100
+        for name in names
+        if name != LLAMA  # its mapping is the system's to drop
+    }
+    while sizes and sum(sizes.values()) > room:
+        largest = max(sizes, key=lambda name: sizes[name])
+        size = format_size(sizes[largest])
+        say(
+            f"{largest.label}: left out; {size} do not fit beside the others in {format_size(room)}"
+        )
+        del sizes[largest]
+    if not sizes:
+        raise StreamerError(f"no configuration fits into {format_size(room)}; give less --shares")
+    return [name for name in names if name in sizes or name == LLAMA]
 
 
 def _list(option: str, text: str | None, default: str, known: tuple[str, ...]) -> list[str]:

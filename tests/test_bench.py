@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
-from streamer.bench import main, parser
+from streamer.bench import PROCESS, _fitting, main, parser
 from streamer.bench_llama import Llama
 from streamer.bench_rows import LLAMA, MEMORY, Configuration, crossed, row, suite, table
 from streamer.bench_worker import Worker
+from streamer.errors import StreamerError
 from streamer.machine import machine, versions
 from streamer.memory_cgroup import memory_cgroup, why_not
+from streamer.opened import open_model
+from streamer.run import DEMO
 
 JOB = {"path": "nowhere", "tokens": 9, "prompt": "def ", "temp": 0.0, "io": "direct"}
 JOB |= {"dtype": "auto"}
@@ -34,7 +37,9 @@ def turn(seconds: float, **more: Any) -> dict[str, Any]:
 @pytest.mark.smoke
 def test_ratios_are_of_turns_and_medians_of_those() -> None:
     memory = [{k: v for k, v in turn(s).items() if k != "misses"} for s in (4.0, 1.0, 2.0)]
-    results = {MEMORY: memory, HALF: [turn(2.0), turn(2.0), turn(2.0, out=[1, 3])]}
+    whole = [turn(s, misses=0, bytes=0.0) for s in (5.0, 5.0, 5.0)]
+    half = [turn(2.0), turn(2.0), turn(2.0, out=[1, 3])]
+    results = {MEMORY: memory, Configuration("streamed", 100): whole, HALF: half}
     found = row(HALF, results, disk=100.0)
     assert found["of_mlx_lm"] == 1.0  # of 2, 0.5 and 1
     assert found["tokens_per_second"] == 0.5 and found["hit_rate"] == 0.75
@@ -42,6 +47,7 @@ def test_ratios_are_of_turns_and_medians_of_those() -> None:
         found["roofline"] == 1.0
     )  # the larger of computing (4, 1, 2) and 100 bytes at 100 a second
     assert found["same_tokens"] is False and row(MEMORY, results, 100.0)["same_tokens"] is True
+    assert "roofline" not in row(HALF, {MEMORY: memory, HALF: half}, disk=100.0)
     assert "| mlx-lm |" in table([row(MEMORY, results, 1.0), found])
     assert "DIFFERENT" in table([found])
 
@@ -70,6 +76,19 @@ def test_configurations() -> None:
     assert len(made) == len(set(made)) == 6  # nothing pages at 100%
     assert HALF in suite([100, 50], head=True) and len(suite([None], head=False)) == 3
     assert {c.mtp for c in suite([50], head=False)} == {"off"}
+
+
+@pytest.mark.smoke
+def test_what_does_not_fit_in_memory_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [MEMORY, *crossed([100, 50, 25], ["off"], ["layerwise"]), LLAMA]
+    opened = open_model(DEMO)
+    each = PROCESS + opened.trunk_bytes
+    assert _fitting(names, opened, 5 * each + (64 << 20)) == names
+    fewer = _fitting(names, opened, 2 * each + (9 << 20))
+    assert [c.label for c in fewer] == ["50%", "25%", "llama.cpp"]
+    assert "mlx-lm: left out" in capsys.readouterr().err
+    with pytest.raises(StreamerError, match="no configuration fits"):
+        _fitting(names, opened, each // 2)
 
 
 # Running
