@@ -12,7 +12,7 @@ import pytest
 from streamer.replay import replay, slots_of
 from streamer.routes import Call, Group, Pass, Routes
 from tools import simulate
-from tools.calibrate import Step, waits, with_guesses
+from tools.calibrate import Step, fitted, waits
 from tools.demands import Demand, hit_rate, replayed, stand_in, tokens_of, union_of
 from tools.machines import MACHINES, Costs, costs_on, shape_of, slots_on
 from tools.step_times import Naming, layerwise, rate, rehearse
@@ -126,7 +126,7 @@ def test_fits_recover_what_was_planted() -> None:
     ahead = replace(COSTS, guess=6.0)
     demands = [Demand(1, 1, [4] * 4, [2, 1, 0, 2])] * 20
     measured = rate(demands, ahead, "rehearse", 0.5)
-    found = with_guesses(COSTS, measured, lambda c: rate(demands, c, "rehearse", 0.5))
+    found = fitted(COSTS, "guess", measured, lambda c: rate(demands, c, "rehearse", 0.5))
     assert found.guess == pytest.approx(6.0, abs=0.01)
 
 
@@ -169,7 +169,8 @@ def test_the_table_says_that_it_is_simulated(
 @pytest.mark.slow
 def test_live_runs_lie_within_15_percent(capsys: pytest.CaptureFixture[str]) -> None:
     """On a disk so slow that what else runs here hardly matters; tools.simulate on fast ones."""
-    command = ["check", "--pools", "60,25", "--disk", "0.025", "--tokens", "10", "--rounds", "1"]
+    command = ["check", "--pools", "60,25", "--disk", "0.008", "--tokens", "16", "--rounds", "1"]
+    command += ["--prompt", "import os"]
     assert simulate.main(command) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(told["rows"]) == 4

@@ -4,9 +4,9 @@
 notes, step by step, seconds and absent experts. `calibrate` turns some of them into `Costs`:
 
 - a step without a miss, from pools that hold nearly everything, layer-wise and rehearsed;
-- what a waiting layer and each absent expert add, by least squares over the steps of one
-  small pool, less the bytes over the disk's bandwidth;
-- what reading ahead adds to an expert, so that the rehearsed run of that pool comes out.
+- what a waiting layer adds, by least squares over the steps of one small pool;
+- what each absent expert adds besides its bytes, and each that is read ahead, so that the
+  layer-wise and the rehearsed run of that pool come out, the odd stall of the disk included.
 
 Other pools are then predicted, not fitted. Everything resident decodes without read-backs, in
 another way, and is not simulated.
@@ -187,13 +187,19 @@ def waits(steps: Sequence[Step], base: float, read: float) -> tuple[float, float
     return float(wait), float(miss)
 
 
-def with_guesses(costs: Costs, measured: float, simulated: Callable[[Costs], float]) -> Costs:
-    """Costs whose `guess` makes simulated(costs), tokens a second, what was `measured`."""
-    low, high = 0.0, 4 * costs.read
-    for _ in range(20):
-        middle = replace(costs, guess=(low + high) / 2)
-        low, high = (middle.guess, high) if simulated(middle) > measured else (low, middle.guess)
-    return replace(costs, guess=(low + high) / 2)
+def fitted(costs: Costs, name: str, measured: float, simulated: Callable[[Costs], float]) -> Costs:
+    """Costs whose `name` makes simulated(costs), tokens a second, what was `measured`."""
+
+    def put(value: float) -> Costs:
+        changed: dict[str, Any] = {name: value}
+        return replace(costs, **changed)
+
+    low, high = -costs.read, 4 * costs.read
+    for _ in range(24):
+        middle = (low + high) / 2
+        faster = simulated(put(middle)) > measured
+        low, high = (middle, high) if faster else (low, middle)
+    return put((low + high) / 2)
 
 
 def experts_of(path: Path, mtp: bool) -> int:

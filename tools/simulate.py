@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from streamer.routes import Routes
 from streamer.run import DEMO
 from tools import calibrate as live
 from tools.demands import Demand, hit_rate, replayed, stand_in, union_of
-from tools.machines import ASSUMED, MACHINES, costs_on, shape_of, slots_on
+from tools.machines import ASSUMED, MACHINES, Costs, costs_on, shape_of, slots_on
 from tools.step_times import EXECUTORS, rate
 
 MODELS = ("qwen3.5-35b-a3b", "qwen3.5-122b-a10b", "glm-4.5-air", "deepseek-v3")
@@ -64,6 +65,7 @@ def parser() -> Parser:
     )
     c.add_argument("--tokens", type=number(8, 4096, int), default=32, help="after each prompt")
     c.add_argument("--rounds", type=number(1, 100, int), default=3)
+    c.add_argument("--prompt", action="append", help="may be given again; a few when left out")
     c.add_argument("--save", type=Path, help="write the measured profile and the rows to this file")
     t = commands.add_parser("table", help="published models on known machines, simulated")
     t.add_argument("routes", nargs="*", type=Path, help="recordings, one a depth; the demo's else")
@@ -123,6 +125,7 @@ def _compare(path: Path, names: list[str], depth: int, args: Any) -> tuple[list[
     same simulated."""
     total = live.experts_of(path, depth > 0)
     bandwidth = args.disk * 1e9 if args.disk else None
+    prompts = args.prompt or PROMPTS
 
     def run(slots: int, executor: str) -> live.Live:
         return live.Live(path, slots, executor, depth, disk=bandwidth)
@@ -135,7 +138,7 @@ def _compare(path: Path, names: list[str], depth: int, args: Any) -> tuple[list[
     try:
         for _ in range(args.rounds + 1):
             for one in runs.values():
-                one.turn(PROMPTS, args.tokens)
+                one.turn(prompts, args.tokens)
     finally:
         for one in runs.values():
             one.close()
@@ -144,14 +147,16 @@ def _compare(path: Path, names: list[str], depth: int, args: Any) -> tuple[list[
     costs = live.calibrate(
         ample, runs.get(("ample", "rehearse")), runs[args.fit, "layerwise"], disk
     )
-    routes = _recorded(path, depth, args.tokens, turns=2)
+    routes = _recorded(path, depth, prompts, args.tokens, turns=2)
     steps = {p: _second_half(replayed(routes, p / 100)) for p in (args.fit, *args.pools)}
-    if "rehearse" in names:
-        costs = live.with_guesses(
-            costs,
-            runs[args.fit, "rehearse"].rate,
-            lambda c: rate(steps[args.fit], c, "rehearse", args.fit / 100),
-        )
+    for name, cost in (("layerwise", "miss"), ("rehearse", "guess")):
+        if (args.fit, name) in runs:
+
+            def simulated(c: Costs, name: str = name) -> float:
+                return rate(steps[args.fit], c, name, args.fit / 100)
+
+            measured = runs[args.fit, name].rate
+            costs = live.fitted(costs, cost, measured, simulated)
     rows = [
         _row(pool, name, depth, rate(steps[pool], costs, name, pool / 100), runs[pool, name].rate)
         for pool in args.pools
@@ -187,12 +192,12 @@ def _second_half(steps: list[Demand]) -> list[Demand]:
     return steps[len(steps) // 2 :]
 
 
-def _recorded(path: Path, depth: int, tokens: int, turns: int = 1) -> Routes:
-    """Routes of the prompts, recorded with everything at hand, `turns` times over."""
+def _recorded(path: Path, depth: int, texts: Sequence[str], tokens: int, turns: int = 1) -> Routes:
+    """Routes after these prompts, recorded with everything at hand, `turns` times over."""
     model: Any = load_streamed(path, slots=None, dtype="auto", mtp=depth > 0)
     try:
         tokenizer = open_tokenizer(model.streamer.opened)
-        prompts = [list(tokenizer.encode(text)) for text in PROMPTS]
+        prompts = [list(tokenizer.encode(text)) for text in texts]
         return record(model, prompts * turns, tokens, depth)
     finally:
         model.streamer.close()
@@ -206,7 +211,7 @@ def _table(args: Any) -> int:
         if unknown := set(given.split(",")) - set(known):
             raise UsageError(f"nothing is known of {min(unknown)!r}; there are {', '.join(known)}")
     recordings = [Routes.load(path) for path in args.routes] or [
-        _recorded(DEMO, depth, 120, turns=1) for depth in (0, 1, 2)
+        _recorded(DEMO, depth, PROMPTS, 120) for depth in (0, 1, 2)
     ]
     rows = [
         _simulated(name, machine, recordings)
