@@ -1,67 +1,66 @@
-"""Streamed against in-memory decoding, interleaved, on this machine.
+"""Configurations of decoding side by side, interleaved, on this machine.
 
     python -m streamer.bench --model PATH
     python -m streamer.bench --quick
-    python -m streamer.bench --mtp off,1,2,3,auto --shares 100,50,25   # drafting or not
+    python -m streamer.bench --suite --model PATH                 # drafts, executors, all of it
+    python -m streamer.bench --mtp off,1,2,3,auto --shares 100,50,25
     python -m streamer.bench --disk 0.5GB/s,5GB/s --executor layerwise,rehearse
+    python -m streamer.bench --limit 180MB --llama llama-server --gguf model.gguf --model PATH
 
-Each configuration lives in a process of its own, whose peak memory is its own;
-they take turns (A B C A B C ...), the first round is dropped, medians are
-quoted. What bounds a step: computing it, which takes what the fastest of mlx-lm
-and of ours takes with all experts in memory and no drafts, or reading its misses
-at the disk's measured bandwidth, whichever is more; `roofline` is the share of
-that bound's speed reached, and more than 1 where drafts save passes. Reads
-go past the page cache (`--io direct`), so a hit in it cannot pass for speed; with `--disk`
-from it, held back until the disk imitated would have sent them (`streamer.disk`).
+Each configuration lives in a process of its own, whose peak memory is its own, and with
+--limit in a memory cgroup of its own, page cache counted; they take turns (A B C A B C ...),
+the first round is dropped, medians are quoted. What bounds a step: computing it, which takes
+what the fastest of mlx-lm and of ours takes with all experts in memory and no drafts, or
+reading its misses at the disk's measured bandwidth, whichever is more; `roofline` is the
+share of that bound's speed reached, and more than 1 where drafts save passes. Reads go past
+the page cache (`--io direct`), so a hit in it cannot pass for speed; with `--disk` from it, held
+back until the disk imitated would have sent them (`streamer.disk`). llama.cpp's mapping lives
+in it, and is charged for it under --limit only.
 
 Prints a table and, last, one JSON line.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
-import platform
-import statistics
-import subprocess
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .console import Parser, bar, command, number
-from .errors import StreamerError
+from .bench_rows import LLAMA, MEMORY, Configuration, Run, crossed, row, suite, table
+from .bench_worker import Worker, serve
+from .console import Parser, bar, command, number, say
+from .errors import StreamerError, UsageError
 
-SHARES = (100, 50, 25, 12)
-
-
-class Name(NamedTuple):
-    """A configuration: share of the experts in memory, and the options."""
-
-    share: int | None
-    mtp: str = "off"
-    executor: str = "layerwise"
-    disk: str = "none"
-
-
-MEMORY = Name(None)  # mlx-lm, everything in memory
+SHARES = "100,50,25,12"
+PROCESS = 200 << 20  # bytes of an interpreter with MLX, a prompt's cache and workspace
+QUICK_SHARES, QUICK_SECONDS = "100,50", 35
 PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    "
+DRAFTS = ("off", "auto", *map(str, range(1, 9)))
 
 
 def parser() -> Parser:
-    p = Parser(prog="streamer bench", description="Measure streamed against in-memory decoding.")
+    p = Parser(prog="streamer bench", description="Measure ways of decoding side by side.")
     p.add_argument("--model", help="folder or repository; the embedded demo when left out")
-    p.add_argument("--shares", default=",".join(map(str, SHARES)), help="%% of experts in memory")
+    p.add_argument("--shares", help=f"%% of experts in memory ({SHARES}; what fits with --limit)")
+    p.add_argument("--mtp", help="list of off, auto and 1..8, each a row a share")
+    p.add_argument("--executor", help="list of layerwise, rehearse and auto, each a row a share")
+    p.add_argument("--disk", help="list of disks to imitate (1.5GB/s@100us) and none")
+    p.add_argument("--suite", action="store_true", help="one row of each kind of decoding")
     p.add_argument("--tokens", type=number(8, 4096, int), default=64, help="tokens per round")
     p.add_argument("--rounds", type=number(1, 100, int), default=5)
     p.add_argument("--prompt", default=PROMPT)
-    p.add_argument("--mtp", default="off", help="list of off, auto and 1..8, each a row a share")
-    p.add_argument("--executor", default="layerwise", help="list of layerwise, rehearse, auto")
-    p.add_argument("--disk", default="none", help="list of disks to imitate: 1.5GB/s@100us, none")
     p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
     p.add_argument("--io", choices=("mmap", "pread", "direct"), default="direct")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
-    p.add_argument("--quick", action="store_true", help="under a minute: 2 rounds of 32 tokens")
+    p.add_argument("--quick", action="store_true", help="the suite on the demo within a minute")
+    p.add_argument("--limit", help="memory of each configuration, such as 180MB (Linux, root)")
+    p.add_argument("--llama", type=Path, help="llama.cpp's llama-server")
+    p.add_argument("--gguf", type=Path, help="the model for it")
+    p.add_argument("--llama-args", default="", help="further options for it, one string")
     p.add_argument("--no-memory-row", action="store_true", help="leave out in-memory mlx-lm")
     p.add_argument("--worker", help="internal")
     return p
@@ -71,313 +70,166 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.worker:
-        return _serve(json.loads(args.worker))
+        return serve(json.loads(args.worker))
+    until = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
     if args.quick:
         args.rounds, args.tokens = 2, 32
+    if (args.llama is None) != (args.gguf is None):
+        raise UsageError("--llama and --gguf go together")
     from .disk import Disk
+    from .footprint import available_memory, parse_size
     from .hub import resolve
     from .loading import expert_bytes
     from .opened import open_model
     from .probe import measure
-    from .rehearse import EXECUTORS
     from .run import DEMO
 
     path = resolve(args.model) if args.model else DEMO
-    try:
-        shares = [int(s) for s in args.shares.split(",")]
-    except ValueError:
-        raise StreamerError(f"--shares {args.shares!r} is not a list of percentages") from None
-    drafts = args.mtp.split(",")
-    if not set(drafts) <= {"off", "auto", *map(str, range(1, 9))}:
-        raise StreamerError(f"--mtp {args.mtp!r} is not a list of off, auto and 1..8")
-    ways, disks = args.executor.split(","), args.disk.split(",")
-    if not set(ways) <= set(EXECUTORS):
-        raise StreamerError(f"--executor {args.executor!r} is not a list of {', '.join(EXECUTORS)}")
-    imitated = {name: Disk.parse(name) for name in disks}
-    opened = open_model(path, args.dtype, mtp=set(drafts) != {"off"})
+    limit = parse_size(args.limit) if args.limit else None
+    opened = open_model(path, args.dtype)
     if not opened.layers:
         raise StreamerError(f"{path} has no routed experts; there is nothing to page")
+    names = _configurations(args, open_model(path, args.dtype, mtp=True))
+    if limit is None:
+        names = _fitting(names, opened, available_memory())
+    disk = measure(opened.checkpoint.files, expert_bytes(opened), args.io)
+    results = _turns(names, path, limit, args, until)
+    rates = {n: imitated.bandwidth for n in names if (imitated := Disk.parse(n.disk))}
+    rows = [row(name, results, rates.get(name, disk.bandwidth)) for name in names]
+    print(table(rows))
+    print(json.dumps(_about(argv, args, path, limit) | {
+        "experts": opened.experts,
+        "bytes_per_expert": expert_bytes(opened),
+        "disk_bytes_per_second": disk.bandwidth,
+        "disk_seconds_per_expert": disk.latency,
+        "rounds": len(results[names[0]]),
+        "rows": rows,
+    }))  # fmt: skip
+    return 0
+
+
+def _configurations(args: Any, opened: Any) -> list[Configuration]:
+    """What the options ask for of a model opened with its head.
+
+    Raises UsageError for what makes no sense.
+    """
+    from .disk import Disk
+
+    default = QUICK_SHARES if args.quick else SHARES
+    try:
+        given = args.shares or ("" if args.limit else default)
+        shares: list[int | None] = [number(1, 100, int)(s) for s in given.split(",") if given]
+    except Exception:
+        raise UsageError(f"--shares {args.shares!r} is not a list of percentages") from None
+    shares = shares or [None]
+    drafts = _list("--mtp", args.mtp, "off", DRAFTS)
+    executors = _list("--executor", args.executor, "layerwise", ("layerwise", "rehearse", "auto"))
+    disks = (args.disk or "none").split(",")
+    for name in disks:
+        Disk.parse(name)  # raises
     if not opened.head and set(drafts) != {"off"}:
         raise StreamerError(f"--mtp {args.mtp}: {opened.head_notes[-1]}")
-    disk = measure(opened.checkpoint.files, expert_bytes(opened), args.io)
-    names: list[Name] = [] if args.no_memory_row else [MEMORY]
-    names += map(Name._make, itertools.product(shares, drafts, ways, disks))
-    workers = {n: _Worker(n, path, args) for n in names}
-    results: dict[Name, list[dict[str, Any]]] = {name: [] for name in workers}
-    try:
+    alone = not (args.mtp or args.executor or args.disk)
+    if args.suite or (args.quick and alone):
+        ours = suite(shares, head=bool(opened.head))
+    else:
+        ours = crossed(shares, drafts, executors, disks)
+    first = [] if args.no_memory_row else [MEMORY]
+    return [*first, *ours, *([LLAMA] if args.llama else [])]
+
+
+def _fitting(names: list[Configuration], opened: Any, room: int) -> list[Configuration]:
+    """Those whose processes fit into `room` bytes all at once; the largest are left out, and said.
+
+    Raises StreamerError where none does.
+    """
+    from .experts import held_bytes
+    from .footprint import format_size
+
+    groups = opened.groups.items()
+    experts = sum(held_bytes(fmt) * layer.count for fmt, layers in groups for layer in layers)
+    sizes = {
+        name: PROCESS + opened.trunk_bytes + experts * (name.share or 100) // 100
+        for name in names
+        if name != LLAMA  # its mapping is the system's to drop
+    }
+    while sizes and sum(sizes.values()) > room:
+        largest = max(sizes, key=lambda name: sizes[name])
+        size = format_size(sizes[largest])
+        say(
+            f"{largest.label}: left out; {size} do not fit beside the others in {format_size(room)}"
+        )
+        del sizes[largest]
+    if not sizes:
+        raise StreamerError(f"no configuration fits into {format_size(room)}; give less --shares")
+    return [name for name in names if name in sizes or name == LLAMA]
+
+
+def _list(option: str, text: str | None, default: str, known: tuple[str, ...]) -> list[str]:
+    names = (text or default).split(",")
+    if not set(names) <= set(known):
+        raise UsageError(f"{option} {text!r} is not a list of {', '.join(known)}")
+    return names
+
+
+def _turns(
+    names: list[Configuration], path: Path, limit: int | None, args: Any, until: float
+) -> dict[Configuration, list[Run]]:
+    """Every configuration's turns, the first dropped; fewer where `until` comes first."""
+    from .bench_llama import Llama
+    from .memory_cgroup import memory_cgroup, why_not
+
+    if limit is not None and (reason := why_not()):
+        raise UsageError(f"--limit cannot be held here: {reason}")
+    job = {"path": str(path)}
+    job |= {k: getattr(args, k) for k in ("tokens", "prompt", "temp", "io", "dtype")}
+    results: dict[Configuration, list[Run]] = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        workers: dict[Configuration, Any] = {}
+        for name in names:
+            group = stack.enter_context(memory_cgroup(limit)) if limit is not None else None
+            if name == LLAMA:
+                workers[name] = Llama(args.llama, args.gguf, job, group, args.llama_args)
+            else:
+                workers[name] = Worker(name, job, group)
+            stack.callback(workers[name].close)
         with bar("rounds") as update:
             for i in range(args.rounds + 1):
+                began = time.monotonic()
                 for name, worker in workers.items():
                     got = worker.run()
                     if i:
                         results[name].append(got)
                 update(i + 1, args.rounds + 1, "rounds")
-    finally:
-        for worker in workers.values():
-            worker.close()
-    rates = {n: d.bandwidth if d else disk.bandwidth for n, d in imitated.items()}
-    rows = [_row(name, results, rates.get(name.disk, disk.bandwidth)) for name in workers]
-    print(table(rows))
-    print(
-        json.dumps(
-            {
-                "model": str(path),
-                "experts": opened.experts,
-                "bytes_per_expert": expert_bytes(opened),
-                "disk_bytes_per_second": disk.bandwidth,
-                "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
-                "io": args.io,
-                "tokens": args.tokens,
-                "rounds": args.rounds,
-                "temperature": args.temp,
-                "rows": rows,
-            }
-        )
-    )
-    return 0
+                took = time.monotonic() - began
+                if i and time.monotonic() + took > until:
+                    break
+    for name, runs in results.items():
+        if "failed" in runs[-1]:
+            say(f"{name.label}: {runs[-1]['failed']}")
+    return results
 
 
-class _Worker:
-    """One configuration in a process of its own, which waits between its turns."""
+def _about(argv: list[str] | None, args: Any, path: Path, limit: int | None) -> dict[str, Any]:
+    """What was run, on what, with what."""
+    from .machine import machine, versions
 
-    def __init__(self, name: Name, path: Path, args: Any):
-        self.name = _label(name)
-        job = {
-            **name._asdict(),
-            "temp": args.temp,
-            "path": str(path),
-            "tokens": args.tokens,
-            "prompt": args.prompt,
-            "io": args.io if name.disk == "none" else "pread",
-            "dtype": args.dtype,
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "streamer.bench", "--worker", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    with_what = versions()
+    if args.llama:
+        from .bench_llama import version
 
-    def run(self) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise StreamerError(f"the {self.name} configuration did not finish")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def _serve(job: dict[str, Any]) -> int:
-    """A worker: load once, then one measured generation per line on stdin."""
-    import mlx.core as mx
-
-    from .footprint import peak_footprint
-    from .loading import open_tokenizer
-    from .opened import open_model
-
-    path = Path(job["path"])
-    tokens = list(open_tokenizer(open_model(path, job["dtype"])).encode(job["prompt"]))
-    run = _in_memory(path, job) if job["share"] is None else _streamed(path, job)
-    for turn, _ in enumerate(sys.stdin):
-        mx.random.seed(turn)
-        read_before = kernel_bytes_read()
-        got = run(tokens, job["tokens"])
-        got["kernel_bytes"] = kernel_bytes_read() - read_before
-        got["peak"] = peak_footprint()
-        got["greedy"] = job["temp"] == 0
-        print(json.dumps(got), flush=True)
-    return 0
-
-
-def _in_memory(path: Path, job: dict[str, Any]) -> Any:
-    """mlx-lm as it is, every expert in memory, in the dtype that streaming uses."""
-    import mlx.core as mx
-    from mlx.utils import tree_map
-    from mlx_lm.generate import generate_step
-    from mlx_lm.sample_utils import make_sampler
-
-    from .opened import compute_dtype, load_lazily
-
-    model, _ = load_lazily(path)
-    dtype = compute_dtype(job["dtype"])
-    if dtype is not None:
-        floating = lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a  # noqa: E731
-        model.update(tree_map(floating, model.parameters()))
-    mx.eval(model.parameters())
-    mx.clear_cache()
-
-    def run(tokens: list[int], n: int) -> dict[str, Any]:
-        out: list[int] = []
-        began = time.perf_counter()
-        sampler = make_sampler(job["temp"])
-        for token, _ in generate_step(mx.array(tokens), model, max_tokens=n, sampler=sampler):
-            if not out:
-                began = time.perf_counter()
-            out.append(token)
-        return {"seconds": (time.perf_counter() - began) / (len(out) - 1), "out": out}
-
-    return run
-
-
-def _streamed(path: Path, job: dict[str, Any]) -> Any:
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.sample_utils import make_sampler
-
-    from .disk import Disk
-    from .engine import Timing, generate
-    from .loading import load_streamed
-    from .opened import open_model
-    from .speculate import Speculation
-
-    mtp = job["mtp"]
-    total = open_model(path, mtp=mtp != "off").experts  # a head's experts share the pool
-    slots = round(total * job["share"] / 100)
-    model = load_streamed(
-        path,
-        slots=slots,
-        io=job["io"],
-        dtype=job["dtype"],
-        mtp=mtp != "off",
-        executor=job["executor"],
-        disk=Disk.parse(job["disk"]),
-    )
-    counters, speculation = model.streamer.counters, None
-    if mtp != "off":
-        depth = None if mtp == "auto" else int(mtp)
-        speculation = Speculation(model, model.streamer.opened.head, depth)
-
-    def run(tokens: list[int], n: int) -> dict[str, Any]:
-        timing = Timing()
-        out: list[int] = []
-        before = drafts = (0, 0, 0)
-        if speculation:
-            speculation.follow(0)
-            c = speculation.counters
-            drafts = (c.drafted, c.accepted, c.verify_passes)
-        for step in generate(
-            model,
-            tokens,
-            make_prompt_cache(model),
-            max_tokens=n,
-            timing=timing,
-            sampler=make_sampler(job["temp"]),
-            speculation=speculation,
-            seeded=False,
-        ):
-            if not out:  # the prompt's reads are not decoding's
-                before = (counters.hits, counters.misses, counters.bytes_wanted)
-            out.append(step.token)
-        got = {
-            "seconds": timing.decode_seconds / (n - 1),
-            "out": out,
-            "hits": counters.hits - before[0],
-            "misses": counters.misses - before[1],
-            "bytes": (counters.bytes_wanted - before[2]) / (n - 1),
-        }
-        if speculation:
-            got["drafted"] = speculation.counters.drafted - drafts[0]
-            got["accepted"] = speculation.counters.accepted - drafts[1]
-            got["passes"] = speculation.counters.verify_passes - drafts[2]
-        return got
-
-    return run
-
-
-def kernel_bytes_read() -> int:
-    """Bytes that the kernel fetched from storage for this process; 0 where it does not say."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
-
-
-def _label(name: Name) -> str:
-    if name.share is None:
-        return "mlx-lm"
-    said = [f"{name.share}%"]
-    said += [f"mtp {name.mtp}"] if name.mtp != "off" else []
-    said += [name.executor] if name.executor != "layerwise" else []
-    return ", ".join(said + ([f"disk {name.disk}"] if name.disk != "none" else []))
-
-
-def _row(name: Name, results: dict[Name, list[dict[str, Any]]], disk: float) -> dict[str, Any]:
-    runs = results[name]
-    seconds = statistics.median(r["seconds"] for r in runs)
-    row: dict[str, Any] = {
-        "configuration": _label(name),
-        "tokens_per_second": 1 / seconds,
-        "peak_bytes": max(r["peak"] for r in runs),
-        "kernel_bytes": statistics.median(r["kernel_bytes"] for r in runs),
+        with_what["llama.cpp"] = version(args.llama)
+    given = sys.argv[1:] if argv is None else argv
+    return {
+        "command": shlex.join(["python", "-m", "streamer.bench", *given]),
+        "machine": machine(),
+        "versions": with_what,
+        "model": str(path),
+        "limit_bytes": limit,
+        "io": args.io,
+        "tokens": args.tokens,
+        "temperature": args.temp,
     }
-    plain = results.get(name._replace(mtp="off"))
-    layerwise = results.get(name._replace(executor="layerwise"))
-    if layerwise and name.executor != "layerwise":
-        pairs = zip(layerwise, runs, strict=True)
-        row["of_layerwise"] = statistics.median(p["seconds"] / r["seconds"] for p, r in pairs)
-    if plain and name.mtp != "off":
-        pairs = zip(plain, runs, strict=True)
-        row["of_plain"] = statistics.median(p["seconds"] / r["seconds"] for p, r in pairs)
-    if name.mtp != "off":
-        row["drafted"] = sum(r["drafted"] for r in runs)
-        row["acceptance"] = sum(r["accepted"] for r in runs) / max(1, row["drafted"])
-        row["verify_passes"] = sum(r["passes"] for r in runs)
-    memory = results.get(MEMORY)
-    if memory:
-        pairs = zip(memory, runs, strict=True)
-        row["of_mlx_lm"] = statistics.median(m["seconds"] / r["seconds"] for m, r in pairs)
-        same = all(r["out"] == m["out"] for m, r in zip(memory, runs, strict=True))
-        if same or name.mtp == "off" or runs[0]["greedy"]:  # drafts are sampled with other noise
-            row["same_tokens"] = same
-    if "misses" in runs[0]:
-        asked = sum(r["hits"] + r["misses"] for r in runs)
-        row["hit_rate"] = sum(r["hits"] for r in runs) / asked if asked else 1.0
-        row["bytes_per_token"] = statistics.median(r["bytes"] for r in runs)
-        if memory:
-            read = row["bytes_per_token"] / disk
-            resident = [r for n, r in results.items() if n == MEMORY or n[:2] == (100, "off")]
-            compute = [min(r["seconds"] for r in turn) for turn in zip(*resident, strict=True)]
-            row["roofline"] = statistics.median(
-                max(c, read) / r["seconds"] for c, r in zip(compute, runs, strict=True)
-            )
-    return row
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table of the rows."""
-    columns: dict[str, list[str]] = {
-        "experts in memory": [r["configuration"] for r in rows],
-        "tok/s": [f"{r['tokens_per_second']:.1f}" for r in rows],
-        "of mlx-lm": _cells(rows, "of_mlx_lm", "{:.2f}"),
-        "of plain": _cells(rows, "of_plain", "{:.2f}"),
-        "of layer-wise": _cells(rows, "of_layerwise", "{:.2f}"),
-        "drafts accepted": _cells(rows, "acceptance", "{:.0%}"),
-        "hit rate": _cells(rows, "hit_rate", "{:.0%}"),
-        "MB read a token": _cells(rows, "bytes_per_token", "{:.1f}", 1e6),
-        "peak memory": _cells(rows, "peak_bytes", "{:.0f} MB", 1e6),
-        "roofline": _cells(rows, "roofline", "{:.0%}"),
-        "tokens": [_SAME[r.get("same_tokens")] for r in rows],
-    }
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
-    head = [" | ".join(columns), "|".join(["---"] * len(columns))]
-    lines = ["| " + head[0] + " |", "|" + head[1] + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
-    return "\n".join(lines)
-
-
-_SAME = {True: "same", False: "DIFFERENT", None: ""}
-
-
-def _cells(rows: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> list[str]:
-    return [form.format(r[key] / unit) if key in r else "" for r in rows]
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import memory_cgroup as groups
 import mlx.core as mx
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_cgroup import drop_page_cache, memory_cgroup
 
 from streamer import footprint as subject
+from streamer import memory_cgroup as groups
 from streamer.errors import UsageError
 from streamer.footprint import format_size, parse_size
+from streamer.memory_cgroup import drop_page_cache, memory_cgroup
 
 MB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]

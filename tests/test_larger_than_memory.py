@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_cgroup import drop_page_cache, memory_cgroup, why_not
 
+from streamer.memory_cgroup import drop_page_cache, memory_cgroup, why_not
 from streamer.run import DEMO
 from tools.inflate import main as inflate
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from memory_cgroup import drop_page_cache
 
+from streamer.memory_cgroup import drop_page_cache
 from streamer.store import Piece, Store
 
 SIZE = 192 << 20

@@ -1,6 +1,6 @@
 """Run a command under a memory limit that counts its page cache (Linux, root).
 
-    from memory_cgroup import drop_page_cache, memory_cgroup, why_not
+    from streamer.memory_cgroup import drop_page_cache, memory_cgroup, why_not
 
     drop_page_cache(*checkpoint.glob("*.safetensors"))
     with memory_cgroup(200 << 20) as group:
@@ -11,7 +11,7 @@ Works with version 1 (a memory hierarchy) and version 2 of cgroups, and makes
 its group at the top, so that no limit of the caller's group applies. A page of
 a file is charged to the group that first read or wrote it: a file that is
 already cached costs the limited command nothing, hence drop_page_cache. Swap is
-closed to the group. Try: `PYTHONPATH=. python tests/memory_cgroup.py 100MB COMMAND ...`
+closed to the group. Try: `python -m streamer.memory_cgroup 100MB COMMAND ...`
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path("/sys/fs/cgroup")
 _numbers = itertools.count(1)
@@ -53,15 +54,11 @@ class MemoryCgroup:
         A process killed for memory returns -9 (-signal.SIGKILL). On a timeout
         everything in the group is killed and subprocess.TimeoutExpired raised.
         """
-        # a shell enters the group, then becomes the command: nothing is charged outside it, and
-        # no fork of a large parent is
-        enter = 'echo $$ > "$0" && exec "$@"'
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", enter, self.folder / "cgroup.procs", *argv],
+        child = self.start(
+            argv,
             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
             env=env,
             cwd=cwd,
         )
@@ -73,6 +70,16 @@ class MemoryCgroup:
             child.communicate()
             raise
         return subprocess.CompletedProcess(list(argv), child.returncode, out, err)
+
+    def start(
+        self, argv: Sequence[str | os.PathLike[str]], **options: Any
+    ) -> subprocess.Popen[str]:
+        """`argv` begun inside, in text mode; options: subprocess.Popen's."""
+        # a shell enters the group, then becomes the command: nothing is charged outside it, and
+        # no fork of a large parent is
+        enter = 'echo $$ > "$0" && exec "$@"'
+        argv = ["/bin/sh", "-c", enter, self.folder / "cgroup.procs", *argv]
+        return subprocess.Popen(argv, text=True, **options)
 
     @property
     def peak(self) -> int:
@@ -140,7 +147,7 @@ def memory_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup]:
     if reason is not None:
         raise OSError(reason)
     top, version = _top()
-    folder = top / f"streamer-test-{os.getpid()}-{next(_numbers)}"
+    folder = top / f"streamer-{os.getpid()}-{next(_numbers)}"
     folder.mkdir()
     group = MemoryCgroup(folder, limit_bytes, version)
     try:
@@ -164,7 +171,7 @@ def why_not() -> str | None:
         return f"no memory controller of cgroups is mounted at {ROOT}"
     if version == 2 and "memory" not in (top / "cgroup.subtree_control").read_text().split():
         return f"{top} hands no memory controller to its groups"
-    trial = top / f"streamer-test-{os.getpid()}-trial"
+    trial = top / f"streamer-{os.getpid()}-trial"
     try:
         trial.mkdir()
     except OSError as error:
@@ -209,7 +216,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    from streamer.footprint import format_size, parse_size
+    from .footprint import format_size, parse_size
 
     with memory_cgroup(parse_size(sys.argv[1])) as _group:
         _done = _group.run(sys.argv[2:])
