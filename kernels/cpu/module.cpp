@@ -52,10 +52,15 @@ NB_MODULE(native, m) {
   m.def("set_threads", &streamer::set_threads, "count"_a);
   m.def("read_seconds", &streamer::read_seconds, "x"_a, "To read an evaluated float32 array once.");
   m.def(
-      "multiply_seconds",
-      &streamer::multiply_seconds,
+      "multiply_rate",
+      &streamer::multiply_rate,
       "rounds"_a,
-      "For `rounds` times 128 multiply-adds in each thread.");
+      "Fused multiply-adds a second of all threads: `rounds` times 128 in each.");
+  m.def(
+      "product_rate",
+      &streamer::product_rate,
+      "rounds"_a,
+      "Multiply-adds of 4-bit weights a second by the products' own instructions, in registers.");
   m.def(
       "linear",
       &streamer::linear,
