@@ -3,13 +3,18 @@
     python -m kernels.bench                 # shapes of Qwen3.5-35B-A3B, minutes
     python -m kernels.bench --quick         # fewer rounds, a short head; under a minute
 
-A product of M rows must read every weight once and must make M * N * K multiply-adds. Both are
-measured in the same rounds as the kernels: a plain sum over an array that no cache holds gives the
-memory's bandwidth, independent multiply-adds in registers the CPU's rate. The larger of the two
-times is the floor, `share` is floor / time. Weights come from memory, not from a cache: enough
-copies take turns, and small products are evaluated several at once, as those of a decode step are.
-Stock MLX runs in float32, its fastest type, and only at one row: it takes
-every further row from the start. Medians; the first round is dropped.
+A product of M rows must read every weight once and must make M * N * K multiply-adds. What the
+machine can do of both is measured in every round, just before the kernel, with the kernel's number
+of threads working at once: a plain sum over an array that no cache holds for the memory, fused
+multiply-adds in registers for the CPU. The larger of the two times is the floor, `share` the median
+over rounds of floor / time. Where the kernels multiply bytes (VNNI), `own` is the same with their
+instructions' rate, which is the higher one, in the place of fused multiply-adds.
+
+Weights come from memory, not from a cache: copies of COLD bytes in all take turns, and the experts
+are larger than that. Products are evaluated several at once, GRAPH bytes of weights or more, as
+those of a decode step are: what waking the threads costs is shared, as there. Stock MLX runs in
+float32, its fastest type, and only at one row: it takes every further row from the start. Medians;
+the first round is dropped. Beside other work a figure means little: the floors' quartiles tell.
 
 Prints a table and, last, one JSON line. Limits: affine weights, random; the rows of a routed
 product choose independently, which is the largest union.
@@ -36,10 +41,10 @@ from . import backend, fast
 from .blocks import MLXLM
 
 ROWS = (1, 2, 4, 8)
-COLD = 96 << 20  # bytes that take turns: more than the last cache holds
-READ = 64 << 20  # floats read for the bandwidth
-ROUNDS = 1_000_000  # of 128 multiply-adds
-GRAPH = 8 << 20  # bytes of weights that one evaluation reads at least
+COLD = 128 << 20  # bytes that take turns: several times what the last cache holds
+READ = 128 << 20  # bytes read for the bandwidth
+ROUNDS = 500_000  # of 128 multiply-adds
+GRAPH = 32 << 20  # bytes of weights that one evaluation reads at least
 PAUSE = 0.3  # seconds of stock MLX in one go, at most, where a round can be left out
 SHAPES = (  # of Qwen3.5-35B-A3B: name, N, K
     ("gated delta qkv", 8192, 2048),
@@ -53,32 +58,67 @@ EXPERTS = (256, 8, 512, 2048)  # experts, chosen per row, their width, the model
 Weight = tuple[mx.array, mx.array, mx.array]
 
 
+@dataclass(frozen=True)
+class Floors:
+    """What the machine does in a second, all threads at work: of this round."""
+
+    bandwidth: float  # bytes read
+    multiplies: float  # fused multiply-adds
+    products: float  # multiply-adds by the kernels' own instructions
+
+
 @dataclass
 class Measured:
-    """One product at M rows."""
+    """One product at M rows, a value a round."""
 
     name: str
     rows: int
     multiplies: int
+    floors: list[Floors] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     stock: list[float] = field(default_factory=list)
 
-    def result(self, bandwidth: float, rate: float) -> dict[str, Any]:
-        """Milliseconds, GB/s and the share of the floor, from medians without the first round."""
-        seconds, nbytes = (statistics.median(x[1:] or x) for x in (self.seconds, self.bytes))
-        floor = max(nbytes / bandwidth, self.multiplies / rate)
-        stock = statistics.median(self.stock[1:] or self.stock) if self.stock else None
+    def result(self, alone: Measured) -> dict[str, Any]:
+        """Medians without the first round; alone: the same product at one row."""
+        memory = [n / f.bandwidth for n, f in zip(self.bytes, self.floors, strict=True)]
+        adds = [self.multiplies / f.multiplies for f in self.floors]
+        own = [self.multiplies / f.products for f in self.floors]
+        stock = settled(self.stock) if self.stock else None
+        seconds = settled(self.seconds)
         return {
             "name": self.name,
             "rows": self.rows,
             "ms": 1e3 * seconds,
-            "gb_per_second": nbytes / seconds / 1e9,
-            "floor": "memory" if nbytes / bandwidth >= self.multiplies / rate else "multiply-adds",
-            "share": floor / seconds,
+            "gb_per_second": settled([n / s for n, s in zip(self.bytes, self.seconds, strict=True)])
+            / 1e9,
+            "floor": "memory" if settled(memory) >= settled(adds) else "multiply-adds",
+            "share": self._share(memory, adds),
+            "own_share": self._share(memory, own),
+            "to_one_row": settled(ratios(self.seconds, alone.seconds)),
             "stock_ms": stock and 1e3 * stock,
             "times_stock": stock and stock / seconds,
         }
+
+    def _share(self, memory: list[float], other: list[float]) -> float:
+        floors = [max(pair) for pair in zip(memory, other, strict=True)]
+        return settled(ratios(floors, self.seconds))
+
+
+def settled(values: list[float]) -> float:
+    """The median without the first round."""
+    return statistics.median(values[1:] or values)
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """Round by round: what disturbs a round disturbs both."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """The median in units of 1e9, and between what quartiles it lies."""
+    low, middle, high = statistics.quantiles(values[1:], n=4) if len(values) > 2 else 3 * values[:1]
+    return f"{middle / 1e9:.1f} ({low / 1e9:.1f}-{high / 1e9:.1f})"
 
 
 class Linear:
@@ -158,29 +198,31 @@ def clocked(calls: list[Callable[[], mx.array]]) -> float:
     return (time.perf_counter() - began) / len(calls)
 
 
-def measure(products: list[Linear | Routed], rounds: int) -> tuple[list[Measured], float, float]:
-    """All products at all rows, the memory's bytes and the CPU's multiply-adds per second."""
+def measure(products: list[Linear | Routed], rounds: int) -> list[Measured]:
+    """All products at all rows, in turns with what the machine can do."""
     native = backend.native()
     assert native is not None
     out = [Measured(p.name, m, m * p.multiplies) for p in products for m in ROWS]
     array = mx.zeros(READ // 4)
     mx.eval(array)
-    reads: list[float] = []
-    adds: list[float] = []
     for i in range(rounds + 1):
         todo: Iterator[Measured] = iter(out)
         for product in products:
-            reads.append(array.nbytes / native.read_seconds(array))
-            adds.append(128 * ROUNDS * backend.threads() / native.multiply_seconds(ROUNDS))
             for m in ROWS:
                 here = next(todo)
+                floors = Floors(
+                    array.nbytes / native.read_seconds(array),
+                    native.multiply_rate(ROUNDS),
+                    native.product_rate(ROUNDS),
+                )
                 calls, nbytes = product.prepare(m, stock=False)
+                here.floors.append(floors)
                 here.seconds.append(clocked(calls))
                 here.bytes.append(nbytes)
                 slow = bool(here.stock) and here.stock[0] > PAUSE
                 if m == 1 and (i < 2 or not slow):
                     here.stock.append(clocked(product.prepare(m, stock=True)[0]))
-    return out, statistics.median(reads), statistics.median(adds)
+    return out
 
 
 def parser() -> argparse.ArgumentParser:
@@ -204,21 +246,27 @@ def main(argv: list[str] | None = None) -> int:
     ]
     experts = min(experts, 64) if args.quick else experts
     products.append(Routed("experts", experts, chosen, width, model, args.bits))
-    measured, bandwidth, rate = measure(products, rounds)
-    results = [m.result(bandwidth, rate) for m in measured]
+    measured = measure(products, rounds)
+    singles = {m.name: m for m in measured if m.rows == 1}
+    results = [m.result(singles[m.name]) for m in measured]
+    floors = [f for m in measured for f in m.floors]
     print(f"{backend.describe()}; {args.bits} bits, groups of 64, float32 scales; {rounds} rounds")
-    print(f"memory {bandwidth / 1e9:.1f} GB/s, multiply-adds {rate / 1e9:.0f} G/s")
     print(
-        f"{'':18}{'rows':>5}{'ms':>9}{'GB/s':>7}{'share':>7}{'T/T(1)':>8}{'stock ms':>10}{'x':>6}"
+        f"weights from memory ({COLD >> 20} MB take turns), {GRAPH >> 20} MB an evaluation; "
+        f"with {backend.threads()} threads at once, medians and quartiles: "
+        f"memory {spread([f.bandwidth for f in floors])} GB/s, "
+        f"multiply-adds {spread([f.multiplies for f in floors])} G/s fused, "
+        f"{spread([f.products for f in floors])} G/s by the kernels' instructions"
     )
-    first = 0.0
+    print(
+        f"{'':18}{'rows':>5}{'ms':>9}{'GB/s':>7}{'share':>7}{'own':>6}{'T/T(1)':>8}"
+        f"{'stock ms':>10}{'x':>6}"
+    )
     for r in results:
-        first = r["ms"] if r["rows"] == 1 else first
-        r["to_one_row"] = r["ms"] / first
         stock = f"{r['stock_ms']:10.1f}{r['times_stock']:6.0f}" if r["stock_ms"] else ""
         print(
             f"{r['name']:18}{r['rows']:5}{r['ms']:9.3f}{r['gb_per_second']:7.1f}"
-            f"{r['share']:7.2f}{r['to_one_row']:8.2f}{stock}"
+            f"{r['share']:7.2f}{r['own_share']:6.2f}{r['to_one_row']:8.2f}{stock}"
         )
     print(
         json.dumps(
@@ -227,8 +275,10 @@ def main(argv: list[str] | None = None) -> int:
                 "isa": backend.isa(),
                 "threads": backend.threads(),
                 "bits": args.bits,
-                "memory_gb_per_second": bandwidth / 1e9,
-                "multiply_adds_per_second": rate,
+                "memory_gb_per_second": settled([f.bandwidth for f in floors]) / 1e9,
+                "multiply_adds_per_second": settled([f.multiplies for f in floors]),
+                "own_multiply_adds_per_second": settled([f.products for f in floors]),
+                "weights_from": "memory",
                 "results": results,
             }
         )

@@ -10,7 +10,9 @@ code, which is also the reference. Rows give the same bits whatever comes with t
 
 from __future__ import annotations
 
+import math
 import sys
+from functools import cache as memo
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +31,7 @@ MLXLM = {
     "moe": qwen3_next.Qwen3NextSparseMoeBlock.__call__,
     "norm": qwen3_next.Qwen3NextRMSNormGated.__call__,
     "delta": qwen3_5.GatedDeltaNet.__call__,
+    "layer": qwen3_5.DecoderLayer.__call__,
 }
 FUSED_FLOATS = 1 << 18  # of what gate and up give: more is left to products one after another
 KEY_WIDTHS = frozenset({16, 32, 64, 96, 128, 192, 256})  # of gated delta rules
@@ -48,6 +51,7 @@ def places() -> list[tuple[Any, str, Any]]:
         (qwen3_next.Qwen3NextSparseMoeBlock, "__call__", moe),
         (qwen3_next.Qwen3NextRMSNormGated, "__call__", norm),
         (qwen3_5.GatedDeltaNet, "__call__", delta),
+        (qwen3_5.DecoderLayer, "__call__", layer),
     ]
     # Families import these two by name.
     by_name = {"swiglu": swiglu, "gated_delta_update": gated_delta_update}
@@ -175,6 +179,12 @@ def moe(self: nn.Module, x: mx.array) -> mx.array:
     return native.combine(y, scores, self.shared_expert(x), opening)
 
 
+def group(*layers: nn.Module) -> tuple[Any, ...] | None:
+    """Weights of layers that are quantized alike, and their form, as one argument of an op."""
+    form = alike(*layers)
+    return None if form is None else ([arrays(layer) for layer in layers], *form)
+
+
 def _groups(self: nn.Module, rows: int) -> list[tuple[Any, ...]] | None:
     """Weights and form of the routers, experts and shared expert, if one operation takes them all.
 
@@ -192,10 +202,10 @@ def _groups(self: nn.Module, rows: int) -> list[tuple[Any, ...]] | None:
         (switch["gate_proj"], switch["up_proj"], switch["down_proj"]),
         (shared["gate_proj"], shared["up_proj"], shared["down_proj"]),
     ):
-        form = alike(*layers)
-        if form is None:
+        found = group(*layers)
+        if found is None:
             return None
-        groups.append(([arrays(layer) for layer in layers], *form))
+        groups.append(found)
     experts, shared_width = (layer["gate_proj"]["weight"].shape[-2] for layer in (switch, shared))
     width = self.top_k * experts + shared_width
     return groups if 0 < rows * width <= FUSED_FLOATS else None
@@ -225,6 +235,8 @@ def gated_delta_update(
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """mlx-lm's gated delta rule from its projections: (y [B, T, Hv, Dv], state)."""
+    if _told is not None and _told[0] is q:
+        return _told[1:]
     if state is None:
         state = mx.zeros((v.shape[0], *v.shape[2:], q.shape[-1]))
     plain = mask is None and lower_bound is None and not allow_neg_eigval
@@ -275,3 +287,122 @@ def delta(
     cache.advance(T)
     out = self["norm"](out, z.reshape(out.shape))
     return self["out_proj"](out.reshape(B, T, -1))
+
+
+_told: tuple[mx.array, mx.array, mx.array] | None = None  # q, y and state of a rule that has run
+
+
+def layer(
+    self: nn.Module, x: mx.array, mask: mx.array | None = None, cache: Any | None = None
+) -> mx.array:
+    """Qwen3.5's DecoderLayer, a half in one operation (three with attention): [B, T, D] alike."""
+    if self.training or not x.size or x.ndim != 3 or not float32(x):
+        return MLXLM["layer"](self, x, mask, cache)
+    half = delta_half if self.is_linear else attention_half
+    h = half(self, x, mask, cache)
+    block, norm = self["mlp"], self["post_attention_layernorm"]
+    if type(block) is qwen3_next.Qwen3NextSparseMoeBlock and block.sharding_group is None:
+        groups = _groups(block, x.size // x.shape[-1])
+        if groups is not None and float32(norm["weight"]):
+            return backend.native().moe(  # type: ignore[union-attr,no-any-return]
+                h,
+                *groups,
+                k=block.top_k,
+                normalize=block.norm_topk_prob,
+                norm=(norm["weight"], norm.eps),
+            )
+    return h + block(norm(h))
+
+
+def delta_half(self: nn.Module, x: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
+    """x + linear_attn(input_layernorm(x)) of a decoder layer."""
+    net, norm = self["linear_attn"], self["input_layernorm"]
+    plain = mask is None and cache is not None and cache.lengths is None
+    known = plain and type(net) is qwen3_5.GatedDeltaNet and net.head_k_dim in KEY_WIDTHS
+    ins = outs = None
+    if known and net.sharding_group is None:
+        ins = group(net["in_proj_qkv"], net["in_proj_z"], net["in_proj_b"], net["in_proj_a"])
+        outs = group(net["out_proj"])
+    taps, gain = net["conv1d"]["weight"], net["norm"]
+    if ins is None or outs is None or not float32(norm["weight"], taps, gain["weight"]):
+        return x + net(norm(x), mask, cache)
+    global _told
+    B, T, _ = x.shape
+    before, state = cache[0], cache[1]
+    if before is None:
+        before = mx.zeros((B, net.conv_kernel_size - 1, net.conv_dim))
+    if state is None:
+        state = mx.zeros((B, net.num_v_heads, net.head_v_dim, net.head_k_dim))
+    # Whoever keeps a tape watches the cache, the convolution and the rule: see mtp/rollback.
+    taped = type(cache) is not ArraysCache or qwen3_5.gated_delta_update is not gated_delta_update
+    h, after, moved, *tape = backend.native().delta_layer(  # type: ignore[union-attr]
+        x,
+        (norm["weight"], norm.eps),
+        ins,
+        outs,
+        taps,
+        net["A_log"],
+        net["dt_bias"],
+        (gain["weight"], gain.eps),
+        before,
+        state,
+        key_heads=net.num_k_heads,
+        key_width=net.head_k_dim,
+        value_heads=net.num_v_heads,
+        taped=taped,
+    )
+    if taped:
+        q, k, v, a, b, qkv = tape
+        net["conv1d"](mx.concatenate([before, qkv], axis=1))
+        _told = q, v, moved
+        try:
+            _, moved = qwen3_5.gated_delta_update(
+                q, k, v, a, b, net["A_log"], net["dt_bias"], state, None
+            )
+        finally:
+            _told = None
+    cache[0], cache[1] = after, moved
+    cache.advance(T)
+    return h
+
+
+def attention_half(self: nn.Module, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    """x + self_attn(input_layernorm(x)) of a decoder layer."""
+    net, norm = self["self_attn"], self["input_layernorm"]
+    rope = net["rope"]
+    ins = outs = None
+    if type(net) is qwen3_next.Qwen3NextAttention and type(rope) is nn.RoPE and cache is not None:
+        ins = group(net["q_proj"], net["k_proj"], net["v_proj"])
+        outs = group(net["o_proj"])
+    gains = net["q_norm"], net["k_norm"]
+    known = ins is not None and outs is not None and type(cache.offset) is int
+    if not known or not float32(norm["weight"], gains[0]["weight"], gains[1]["weight"]):
+        return x + net(norm(x), mask, cache)
+    native = backend.native()
+    assert native is not None
+    queries, keys, values, gates = native.attention_inputs(
+        x,
+        (norm["weight"], norm.eps),
+        ins,
+        *((gain["weight"], gain.eps) for gain in gains),
+        frequencies(rope.dims, rope.base),
+        traditional=rope.traditional,
+        scale=rope.scale,
+        offset=cache.offset,
+        heads=net.num_attention_heads,
+        key_heads=net.num_key_value_heads,
+    )
+    keys, values = cache.update_and_fetch(keys, values)
+    y = qwen3_next.scaled_dot_product_attention(
+        queries, keys, values, cache=cache, scale=net.scale, mask=mask
+    )
+    return native.attention_output(x, y, gates, outs)
+
+
+@memo
+def frequencies(dims: int, base: float | None) -> mx.array:
+    """Angles per position [dims / 2], rounded as MLX rounds them."""
+    half = dims // 2
+    found = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(base or 1) / half))
+    mx.eval(found)
+    return found

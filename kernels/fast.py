@@ -12,16 +12,14 @@ layers of mlx-lm's, in fewer operations, are put in with them: see `kernels.bloc
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 
 from kernels import backend, blocks
-from kernels.blocks import KEY_WIDTHS, float32, form_of
+from kernels.blocks import KEY_WIDTHS, float32, form_of, frequencies
 
 # What is replaced: (where, name). Looked up by MLX's layers and mlx-lm's models at each call.
 _PLACES: tuple[tuple[Any, str], ...] = (
@@ -176,7 +174,7 @@ def rope(
 ) -> mx.array:
     """x [..., L, D] with its first `dims` rotated by positions offset, offset + 1..."""
     if isinstance(offset, int) and not options and x.size and float32(x, freqs):
-        inverse = _frequencies(dims, base) if freqs is None else mx.reciprocal(freqs)
+        inverse = frequencies(dims, base) if freqs is None else mx.reciprocal(freqs)
         return backend.native().rope(  # type: ignore[union-attr]
             x, inverse, traditional=traditional, scale=scale, offset=offset
         )
@@ -184,15 +182,6 @@ def rope(
         x, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs,
         **options,
     )  # fmt: skip
-
-
-@cache
-def _frequencies(dims: int, base: float | None) -> mx.array:
-    """Angles per position [dims / 2], rounded as MLX rounds them."""
-    half = dims // 2
-    frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(base or 1) / half))
-    mx.eval(frequencies)
-    return frequencies
 
 
 def scaled_dot_product_attention(

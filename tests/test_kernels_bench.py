@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import cycle
 from typing import Any
 
@@ -37,12 +38,23 @@ def test_a_table_and_one_json_line(small: None, capsys: Any, bits: int) -> None:
         assert r["to_one_row"] == 1 or r["rows"] > 1
 
 
+def measured(multiplies: float, products: float) -> bench.Measured:
+    rounds = [bench.Floors(9e9, 1.0, 1.0), *2 * [bench.Floors(1000.0, multiplies, products)]]
+    return bench.Measured("x", 2, 1000, rounds, bytes=[50, 100, 100], seconds=[9.0, 0.5, 0.5])
+
+
 def test_the_floor_is_the_larger_of_two() -> None:
-    m = bench.Measured("x", 2, 1000, bytes=[50, 100, 100], seconds=[9.0, 0.5, 0.5])
-    few = m.result(bandwidth=1000.0, rate=1e6)
+    alone = bench.Measured("x", 1, 500, seconds=[1.0, 0.25, 0.4])
+    few = measured(1e6, 1e6).result(alone)
     assert (few["floor"], few["share"], few["stock_ms"]) == ("memory", 0.2, None)
-    many = m.result(bandwidth=1000.0, rate=4000.0)
-    assert (many["floor"], many["share"]) == ("multiply-adds", 0.5)
+    assert few["to_one_row"] == pytest.approx((2 + 1.25) / 2)
+    many = measured(4000.0, 8000.0).result(alone)
+    assert (many["floor"], many["share"], many["own_share"]) == ("multiply-adds", 0.5, 0.25)
+
+
+def test_the_spread_leaves_the_first_round_out() -> None:
+    assert bench.spread([9e9, 1e9, 2e9, 3e9]) == "2.0 (1.0-3.0)"
+    assert bench.spread([2e9]) == "2.0 (2.0-2.0)"
 
 
 def test_experts_are_read_once_for_all_rows() -> None:
@@ -65,6 +77,22 @@ def test_stock_and_ours_are_the_same_product() -> None:
 def test_floors_want_an_evaluated_array() -> None:
     native = backend.native()
     assert native is not None
-    assert native.read_seconds(mx.array([1.0])) >= 0 and native.multiply_seconds(1) >= 0
+    assert native.read_seconds(mx.array([1.0])) >= 0
     with pytest.raises(ValueError, match="floors: "):
         native.read_seconds(mx.ones(4) + 1)
+
+
+def test_rates_are_of_all_threads_at_once() -> None:
+    native = backend.native()
+    assert native is not None
+    before = backend.threads()
+    try:
+        backend.set_threads(1)
+        one = max(native.multiply_rate(200_000) for _ in range(5))
+        backend.set_threads(4)  # at once, so more threads than cores cannot be faster than these
+        four = native.multiply_rate(200_000)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+        assert 0 < four <= 1.5 * cores * one
+    finally:
+        backend.set_threads(before)
+    assert native.product_rate(1000) > 0

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from families import make_tiny
 from mlx_lm.models import qwen3_5, qwen3_next, switch_layers
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kernels import backend, blocks, fast
@@ -237,3 +237,70 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError):
             call()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("index", [0, 3])  # a gated delta net, and attention
+def test_decoder_layers(form: tuple[int, int, str] | None, index: int) -> None:
+    layer = made(qwen3_5.DecoderLayer, form, text_args(), index)
+    for part in layer.modules():  # gains of one would hide a norm that is left out
+        if isinstance(part, nn.RMSNorm):
+            part.weight = mx.random.uniform(0.5, 1.5, part.weight.shape)
+    x, first = normal(1, 7, 128), normal(1, 3, 128)
+    made_caches = [make_layer_cache(layer) for _ in range(3)]
+    ours, own, single = made_caches
+
+    def run(x: mx.array, cache: Any) -> mx.array:
+        mask = None if layer.is_linear or x.shape[1] == 1 else "causal"
+        return layer(x, mask, cache)
+
+    run(first, ours)
+    run(first, single)
+    y = run(x, ours)
+    fast.uninstall()
+    run(first, own)
+    want = run(x, own)
+    mx.eval(want, own.state)
+    fast.install()
+    assert close(y, want, 1e-5)
+    for mine, theirs in zip(arrays_of(ours), arrays_of(own), strict=True):
+        assert close(mine, theirs, 1e-5)
+    for i in range(7):
+        assert mx.array_equal(run(x[:, i : i + 1], single), y[:, i : i + 1])
+    for mine, theirs in zip(arrays_of(ours), arrays_of(single), strict=True):
+        assert mx.array_equal(mine, theirs)
+
+
+def make_layer_cache(layer: nn.Module) -> Any:
+    return ArraysCache(size=2) if layer.is_linear else KVCache()
+
+
+def arrays_of(cache: Any) -> list[mx.array]:
+    return list(cache.cache) if isinstance(cache, ArraysCache) else list(cache.keys_and_values())
+
+
+def test_a_tape_sees_what_a_fused_layer_did() -> None:
+    layer = made(qwen3_5.DecoderLayer, FORMS[0], text_args(), 0)
+    cache, kept = ArraysCache(size=2), ArraysCache(size=2)
+    x, tokens = normal(1, 4, 128), mx.zeros((1, 4), dtype=mx.int32)
+    with Tape(layer, [cache], tokens) as tape:
+        y = layer(x, None, cache)
+    tape.check()
+    tape.rollback(2)
+    assert mx.array_equal(layer(x[:, :2], None, kept), y[:, :2])
+    for mine, theirs in zip(cache.cache, kept.cache, strict=True):
+        assert mx.array_equal(mine, theirs)
+
+
+def test_what_does_not_fit_a_layer_is_refused() -> None:
+    native = backend.native()
+    assert native is not None
+    layer = made(qwen3_5.DecoderLayer, FORMS[0], text_args(), 3)
+    out = blocks.group(layer.self_attn.o_proj)
+    x, y, gates = normal(1, 2, 128), normal(1, 2, 2, 64), normal(1, 2, 128)
+    assert native.attention_output(x, y, gates, out).shape == x.shape
+    with pytest.raises(ValueError, match="attention_output: "):
+        native.attention_output(x, y, gates[..., :64], out)
+    with pytest.raises(ValueError, match="moe: "):
+        groups = blocks._groups(layer.mlp, 2)
+        native.moe(x, *groups, k=3, normalize=True, norm=(mx.ones(64), 1e-6))

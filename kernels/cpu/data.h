@@ -7,6 +7,7 @@
 #include "buffers.h"
 #include "pool.h"
 #include "step.h"
+#include "steps.h"
 
 namespace streamer {
 
@@ -40,6 +41,20 @@ void each(int tasks, int64_t work, F body) {
   } else {
     for (int i = 0; i < tasks; ++i) body(i);
   }
+}
+
+// `count` rows of n, each x / sqrt(mean(x^2) + eps) * w.
+inline void norm_rows(const float* x, int64_t count, int n, const float* w, float eps, float* y) {
+  constexpr int64_t part = 16;
+  each(static_cast<int>((count + part - 1) / part), count * n, [&](int task) {
+    for (int64_t r = task * part; r < count && r < (task + 1) * part; ++r) {
+      steps().norm(x + r * n, w, eps, 1.0f, n, y + r * n);
+    }
+  });
+}
+
+inline void add_rows(const float* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
 }
 
 // Where the rows of an array lie when its last axis is contiguous.

@@ -1,6 +1,8 @@
 // What a gated delta layer does between its projections, in three lazy ops. All float32.
 #pragma once
 
+#include <functional>
+
 #include "step.h"
 
 namespace streamer {
@@ -39,5 +41,44 @@ mx::array gated_norm(
     const mx::array& weight,
     float eps,
     mx::StreamOrDevice stream);
+
+// The same three on data. Rows of x and `before` are asked for by batch and place.
+struct Convolved {
+  int B, T, taps, key_heads, key_width, values; // values: all of a row
+  float eps;
+};
+
+void convolve(
+    const Convolved& sizes,
+    const std::function<const float*(int, int)>& x,
+    const std::function<const float*(int, int)>& before,
+    const float* weight,
+    float* q,
+    float* k,
+    float* v,
+    float* after);
+
+void update(
+    const Heads& heads,
+    const float* q,
+    const float* k,
+    const float* v,
+    const float* a,
+    const float* b,
+    const float* a_log,
+    const float* dt_bias,
+    const float* state,
+    float* y,
+    float* after);
+
+// `count` rows of n.
+void gate_rows(
+    int64_t count,
+    int n,
+    const std::function<const float*(int64_t)>& x,
+    const std::function<const float*(int64_t)>& gate,
+    const float* weight,
+    float eps,
+    float* y);
 
 } // namespace streamer

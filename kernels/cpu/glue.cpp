@@ -165,6 +165,33 @@ mx::array dequantize(
       {w, scales, biases});
 }
 
+Rotation::Rotation(
+    const float* frequencies, int n, int rows, bool traditional, float scale, int offset)
+    : n_(n),
+      step_(traditional ? 2 : 1),
+      apart_(traditional ? 1 : n),
+      cosines_(int64_t(rows) * n),
+      sines_(int64_t(rows) * n) {
+  for (int64_t l = 0; l < rows; ++l) {
+    const float position = static_cast<float>(offset + l) * scale;
+    for (int i = 0; i < n; ++i) {
+      const float angle = position * frequencies[i];
+      cosines_[l * n + i] = std::cos(angle);
+      sines_[l * n + i] = std::sin(angle);
+    }
+  }
+}
+
+void Rotation::operator()(int64_t row, const float* from, int D, float* to) const {
+  const float *c = &cosines_[row * n_], *s = &sines_[row * n_];
+  for (int i = 0; i < n_; ++i) {
+    const float a = from[i * step_], b = from[i * step_ + apart_];
+    to[i * step_] = a * c[i] - b * s[i];
+    to[i * step_ + apart_] = a * s[i] + b * c[i];
+  }
+  if (to != from) std::copy(from + 2 * n_, from + D, to + 2 * n_);
+}
+
 mx::array rope(
     const mx::array& x,
     const mx::array& frequencies,
@@ -179,28 +206,11 @@ mx::array rope(
   auto body = [=](const Arrays& in, Arrays& out) {
     Data data;
     const RowsOf x(in[0], data);
-    const float* frequency = data(in[1]);
-    std::vector<float> cosines(int64_t(L) * n), sines(int64_t(L) * n);
-    for (int64_t l = 0; l < L; ++l) {
-      const float position = static_cast<float>(offset + l) * scale;
-      for (int i = 0; i < n; ++i) {
-        const float angle = position * frequency[i];
-        cosines[l * n + i] = std::cos(angle);
-        sines[l * n + i] = std::sin(angle);
-      }
-    }
+    const Rotation rotate(data(in[1]), n, L, traditional, scale, offset);
     float* y = out[0].data<float>();
-    const int count = static_cast<int>(in[0].size() / D), step = traditional ? 2 : 1,
-              apart = traditional ? 1 : n;
+    const int count = static_cast<int>(in[0].size() / D);
     each(count, int64_t(count) * D, [&](int row) {
-      const float *from = x[row], *c = &cosines[int64_t(row % L) * n], *s = &sines[int64_t(row % L) * n];
-      float* to = y + int64_t(row) * D;
-      for (int i = 0; i < n; ++i) {
-        const float a = from[i * step], b = from[i * step + apart];
-        to[i * step] = a * c[i] - b * s[i];
-        to[i * step + apart] = a * s[i] + b * c[i];
-      }
-      std::copy(from + 2 * n, from + D, to + 2 * n);
+      rotate(row % L, x[row], D, y + int64_t(row) * D);
     });
   };
   return mx::array(

@@ -53,4 +53,15 @@ mx::array rope(
     int offset,
     mx::StreamOrDevice stream);
 
+// The turns of rope() for `rows` positions from `offset` on, on data: from and to may be one.
+class Rotation {
+ public:
+  Rotation(const float* frequencies, int n, int rows, bool traditional, float scale, int offset);
+  void operator()(int64_t row, const float* from, int D, float* to) const;
+
+ private:
+  int n_, step_, apart_;
+  std::vector<float> cosines_, sines_;
+};
+
 } // namespace streamer

@@ -12,6 +12,7 @@
 #include "floors.h"
 #include "glue.h"
 #include "isa.h"
+#include "layers.h"
 #include "linear.h"
 #include "moe.h"
 #include "pool.h"
@@ -35,6 +36,13 @@ streamer::Weight stack(const Arrays& arrays) {
   return {std::get<0>(arrays), std::get<1>(arrays), std::get<2>(arrays)};
 }
 
+// A norm's weight and epsilon.
+using NormOf = std::tuple<mlx::core::array, float>;
+
+streamer::Norm norm_of(const NormOf& norm) {
+  return {std::get<0>(norm), std::get<1>(norm)};
+}
+
 streamer::Alike alike(const Group& group) {
   const auto& [weights, size, bits, mode] = group;
   streamer::Alike out{{}, size, bits, mode};
@@ -55,10 +63,15 @@ NB_MODULE(native, m) {
   m.def("set_threads", &streamer::set_threads, "count"_a);
   m.def("read_seconds", &streamer::read_seconds, "x"_a, "To read an evaluated float32 array once.");
   m.def(
-      "multiply_seconds",
-      &streamer::multiply_seconds,
+      "multiply_rate",
+      &streamer::multiply_rate,
       "rounds"_a,
-      "For `rounds` times 128 multiply-adds in each thread.");
+      "Fused multiply-adds a second of all threads: `rounds` times 128 in each.");
+  m.def(
+      "product_rate",
+      &streamer::product_rate,
+      "rounds"_a,
+      "Multiply-adds of 4-bit weights a second by the products' own instructions, in registers.");
   m.def(
       "linear",
       &streamer::linear,
@@ -181,9 +194,12 @@ NB_MODULE(native, m) {
   m.def(
       "moe",
       [](const mlx::core::array& x, const Group& routers, const Group& experts, const Group& shared,
-         int k, bool normalize, mlx::core::StreamOrDevice stream) {
+         int k, bool normalize, const std::optional<NormOf>& norm,
+         mlx::core::StreamOrDevice stream) {
+        std::optional<streamer::Norm> before;
+        if (norm) before = norm_of(*norm);
         return streamer::moe(
-            x, alike(routers), alike(experts), alike(shared), k, normalize, stream);
+            x, alike(routers), alike(experts), alike(shared), k, normalize, before, stream);
       },
       "x"_a,
       "routers"_a,
@@ -192,8 +208,76 @@ NB_MODULE(native, m) {
       nb::kw_only(),
       "k"_a,
       "normalize"_a,
+      "norm"_a = nb::none(),
       "stream"_a = nb::none(),
-      "A block of experts: route, gather_swiglu, a shared expert and combine in one.");
+      "A block of experts: route, gather_swiglu, a shared expert and combine in one; with a norm "
+      "(weight, eps) x + moe(rms_norm(x)).");
+  m.def(
+      "delta_layer",
+      [](const mlx::core::array& x, const NormOf& norm, const Group& in, const Group& out,
+         const mlx::core::array& taps, const mlx::core::array& a_log,
+         const mlx::core::array& dt_bias, const NormOf& gain, const mlx::core::array& before,
+         const mlx::core::array& state, int key_heads, int key_width, int value_heads, bool taped,
+         mlx::core::StreamOrDevice stream) {
+        const streamer::DeltaNet net{
+            alike(in), alike(out), taps, a_log, dt_bias, std::get<0>(gain), std::get<1>(gain),
+            key_heads, key_width, value_heads};
+        return streamer::delta_layer(x, norm_of(norm), net, before, state, taped, stream);
+      },
+      "x"_a,
+      "norm"_a,
+      "inputs"_a,
+      "output"_a,
+      "taps"_a,
+      "a_log"_a,
+      "dt_bias"_a,
+      "gain"_a,
+      "before"_a,
+      "state"_a,
+      nb::kw_only(),
+      "key_heads"_a,
+      "key_width"_a,
+      "value_heads"_a,
+      "taped"_a = false,
+      "stream"_a = nb::none(),
+      "x + gated delta net of rms_norm(x): the sum, both states; taped, also q, k, v, a, b, qkv.");
+  m.def(
+      "attention_inputs",
+      [](const mlx::core::array& x, const NormOf& norm, const Group& projections,
+         const NormOf& q_norm, const NormOf& k_norm, const mlx::core::array& frequencies,
+         bool traditional, float scale, int offset, int heads, int key_heads,
+         mlx::core::StreamOrDevice stream) {
+        return streamer::attention_inputs(
+            x, norm_of(norm), alike(projections), norm_of(q_norm), norm_of(k_norm), frequencies,
+            traditional, scale, offset, heads, key_heads, stream);
+      },
+      "x"_a,
+      "norm"_a,
+      "projections"_a,
+      "q_norm"_a,
+      "k_norm"_a,
+      "frequencies"_a,
+      nb::kw_only(),
+      "traditional"_a,
+      "scale"_a,
+      "offset"_a,
+      "heads"_a,
+      "key_heads"_a,
+      "stream"_a = nb::none(),
+      "Queries, keys, values of rms_norm(x), normed and rotated, and the output's gates.");
+  m.def(
+      "attention_output",
+      [](const mlx::core::array& x, const mlx::core::array& y, const mlx::core::array& gates,
+         const Group& out, mlx::core::StreamOrDevice stream) {
+        return streamer::attention_output(x, y, gates, alike(out), stream);
+      },
+      "x"_a,
+      "y"_a,
+      "gates"_a,
+      "output"_a,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "x + (y * sigmoid(gates)) @ output.T.");
   m.def(
       "swiglu",
       &streamer::swiglu,

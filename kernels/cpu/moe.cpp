@@ -24,6 +24,7 @@ mx::array moe(
     const Alike& shared,
     int k,
     bool normalize,
+    const std::optional<Norm>& norm,
     mx::StreamOrDevice stream) {
   check(x.ndim() >= 1 && x.dtype() == mx::float32, "moe: x must be float32");
   check(
@@ -42,15 +43,27 @@ mx::array moe(
   for (const Alike* all : {&routers, &experts, &shared}) {
     for (const Weight& weight : all->weights) append(inputs, weight);
   }
-  auto body = [=](const Arrays& in, Arrays& out) {
+  if (norm) {
+    check_float({norm->weight}, "moe: the norm must be float32");
+    check(norm->weight.shape() == mx::Shape{D}, "moe: the norm doesn't fit x");
+    inputs.push_back(norm->weight);
+  }
+  auto body = [=, normed = norm.has_value(), epsilon = norm ? norm->eps : 0.0f](
+                  const Arrays& in, Arrays& out) {
     std::vector<std::shared_ptr<char>> copies;
     size_t at = 1;
     std::vector<Matrix> A;
     for (const auto* some : {&r, &e, &s}) {
       for (const Experts& one : *some) A.push_back(bound(one, in, at, copies));
     }
-    const auto* x = static_cast<const float*>(row_major(in[0], copies));
+    const auto* from = static_cast<const float*>(row_major(in[0], copies));
     const int R = static_cast<int>(out[0].size() / D);
+    std::vector<float> scaled(normed ? int64_t(R) * D : 0);
+    if (normed) {
+      const auto* w = static_cast<const float*>(row_major(in[at], copies));
+      norm_rows(from, R, D, w, epsilon, scaled.data());
+    }
+    const float* x = normed ? scaled.data() : from;
     const std::vector<int32_t> only(R, 0);
     std::vector<int32_t> ids(R * k);
     std::vector<float> logits(int64_t(R) * S), opening(R), scores(R * k), y(int64_t(R) * (k + 1) * D);
@@ -62,7 +75,9 @@ mx::array moe(
     const Pairs pairs(ids.data(), R * k, k, S);
     float* others = y.data() + int64_t(R) * k * D;
     run_swiglus({{pairs, A[2], A[3], A[4], y.data()}, {all, A[5], A[6], A[7], others}}, x);
-    combine_rows(y.data(), scores.data(), others, opening.data(), R, k, D, out[0].data<float>());
+    float* to = out[0].data<float>();
+    combine_rows(y.data(), scores.data(), others, opening.data(), R, k, D, to);
+    if (normed) add_rows(from, int64_t(R) * D, to);
   };
   return mx::array(
       x.shape(),

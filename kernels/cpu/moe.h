@@ -12,9 +12,15 @@ struct Alike {
   std::string mode;
 };
 
+// An RMS norm before a block, whose output is then added to what came in.
+struct Norm {
+  mx::array weight;
+  float eps;
+};
+
 // x [..., D] -> [..., D]: combine() of the k experts that route() chose and of the shared expert.
 // routers: of the experts [S, D], and of the shared one [1, D]; experts: gate, up [S, I, D], down
-// [S, D, I]; shared: gate, up [J, D], down [D, J].
+// [S, D, I]; shared: gate, up [J, D], down [D, J]. With a norm: x + moe(rms_norm(x)).
 mx::array moe(
     const mx::array& x,
     const Alike& routers,
@@ -22,6 +28,7 @@ mx::array moe(
     const Alike& shared,
     int k,
     bool normalize,
+    const std::optional<Norm>& norm,
     mx::StreamOrDevice stream);
 
 } // namespace streamer

@@ -7,11 +7,12 @@ namespace streamer {
 
 int threads();
 
-// Sets how many threads share a loop, the caller among them (at least 1).
+// Sets how many threads share a loop, the caller among them (1 to 256).
 void set_threads(int count);
 
 // Calls body(i) once for each i in [0, tasks), on up to `threads()` threads, and returns when all
-// are done. Which thread runs which task is left to chance: tasks must not depend on it.
+// are done. Each thread begins with a range of its own, neighbours in order, and helps with the
+// others' when it is through: tasks must not depend on who runs them.
 // A loop begun while another runs (a second MLX stream) stays on its caller.
 void parallel_for(int tasks, void (*body)(void* context, int task), void* context);
 

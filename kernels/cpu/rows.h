@@ -42,6 +42,10 @@ struct Rows {
   // gate[i] = silu(gate[i]) * up[i]; each value alike wherever it stands.
   void (*swiglu)(float* gate, const float* up, int64_t count);
   void (*silu)(float* x, int64_t count);
+  // `rounds` times the instructions of the innermost product alone, in registers, and how many
+  // multiply-adds of weights a round stands for; null where they are fused multiply-adds.
+  float (*peak)(int rounds, int start) = nullptr;
+  int peak_multiplies = 0;
 };
 
 // The table of the instruction set in use.

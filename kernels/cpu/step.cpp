@@ -55,16 +55,21 @@ mx::array rms_norm(
   return mx::array(x.shape(), mx::float32, std::move(step), std::move(inputs));
 }
 
-Heads heads_of(
-    const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& state) {
-  check(q.ndim() == 4 && k.shape() == q.shape() && v.ndim() == 4, "gated_delta: q, k or v doesn't fit");
-  const Heads h{v.shape(0), v.shape(1), q.shape(2), v.shape(2), q.shape(3), v.shape(3)};
+Heads heads_of(const mx::Shape& q, const mx::Shape& v, const mx::Shape& state) {
+  check(q.size() == 4 && v.size() == 4, "gated_delta: q, k or v doesn't fit");
+  const Heads h{v[0], v[1], q[2], v[2], q[3], v[3]};
   const int vectors = h.Dk / 16;
-  check(q.shape(0) == h.B && q.shape(1) == h.T && h.Hv % h.Hk == 0, "gated_delta: q doesn't fit v");
-  check(state.shape() == mx::Shape{h.B, h.Hv, h.Dv, h.Dk}, "gated_delta: the state doesn't fit");
+  check(q[0] == h.B && q[1] == h.T && h.Hv % h.Hk == 0, "gated_delta: q doesn't fit v");
+  check(state == mx::Shape{h.B, h.Hv, h.Dv, h.Dk}, "gated_delta: the state doesn't fit");
   const bool known[17] = {0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1};
   check(h.Dk % 16 == 0 && vectors <= 16 && known[vectors], "gated_delta: no kernel for keys of this width");
   return h;
+}
+
+Heads heads_of(
+    const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& state) {
+  check(k.shape() == q.shape(), "gated_delta: q, k or v doesn't fit");
+  return heads_of(q.shape(), v.shape(), state.shape());
 }
 
 void run_delta(

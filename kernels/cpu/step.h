@@ -58,6 +58,7 @@ struct Heads {
 };
 
 // Those of arrays shaped as for gated_delta; throws std::invalid_argument where they don't fit.
+Heads heads_of(const mx::Shape& q, const mx::Shape& v, const mx::Shape& state);
 Heads heads_of(
     const mx::array& q, const mx::array& k, const mx::array& v, const mx::array& state);
 
