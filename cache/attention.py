@@ -72,6 +72,12 @@ class View:
     def __init__(self, cache: CompressedKVCache, rows: int, crossing: int):
         self.cache, self.crossing = cache, crossing
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the rows that come in."""
+        assert self.cache.keys.first is not None
+        return self.cache.keys.first.dtype
+
     def attend(
         self,
         queries: mx.array,

@@ -63,7 +63,7 @@ class Codec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored vector, its scale included."""
-        return 4 * self.layout.words + 2
+        return row_bytes(self.dimension, self.bits)
 
     def encode(self, x: mx.array) -> Codes:
         """x [..., D] of any float type."""
@@ -120,6 +120,11 @@ class Codec:
         if 32 % width:
             low = low | ((words[..., place.next_word] << 1) << place.next_shift)
         return low & ((1 << width) - 1)
+
+
+def row_bytes(dimension: int, bits: float) -> int:
+    """Bytes of one stored vector of `dimension` channels, its scale included."""
+    return 4 * -(-int(dimension * bits) // 32) + 2
 
 
 @lru_cache

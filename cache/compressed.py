@@ -9,7 +9,11 @@ Means of keys and of values are frozen at the first block.
 
 With `latent` (DeepSeek's MLA) keys are the latent, which also serves as the values, and values the
 position part, kept as it is; a pass of several rows then reads the latent decoded, as the model
-multiplies it out anyway.
+multiplies it out anyway. All of its rows read the same, so a verify pass must not be longer than
+`rows_alike`.
+
+A prompt's pass is evaluated layer by layer: what one layer reads decoded is gone before the next
+one's history is, and its own rows are codes by then.
 
     from cache.make import make_cache; cache = make_cache(model, key_bits=3.5, value_bits=3.5)
 """
@@ -23,7 +27,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache
 
 from .attention import ROWS, View
-from .side import BLOCK, WINDOW, Side
+from .side import BLOCK, WINDOW, Side, Whole
 
 
 class CompressedKVCache(_BaseCache):
@@ -31,12 +35,15 @@ class CompressedKVCache(_BaseCache):
 
     def __init__(self, key_bits: float = 4, value_bits: float = 4, latent: bool = False):
         self.keys = Side(key_bits)
-        self.values = Side(0 if latent else value_bits)
+        self.values: Any = Whole() if latent else Side(value_bits)
         self.latent = latent
         self.offset = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Take rows in; what attention may read: views, see attention.py."""
+        prompt = keys.shape[2] > ROWS
+        if prompt:
+            mx.eval(keys, values)
         self.commit()
         before = self.keys.recent_length
         self.keys.append(keys)
@@ -45,7 +52,18 @@ class CompressedKVCache(_BaseCache):
         crossing = WINDOW + BLOCK - before
         if not 0 < crossing < keys.shape[2] <= ROWS:
             crossing = 0
-        return self._views(keys.shape[2], crossing)
+        views = self._views(keys.shape[2], crossing)
+        if self.latent and prompt:  # else attention does so when it has read
+            self.commit()
+        return views
+
+    @property
+    def rows_alike(self) -> int:
+        """The longest pass of which every row reads what it would in a pass of its own."""
+        if not self.latent:
+            return ROWS
+        recent = self.keys.recent_length
+        return WINDOW + BLOCK - (recent if recent < WINDOW + BLOCK else WINDOW + recent % BLOCK)
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What is held, for layers that read another layer's cache."""
@@ -65,6 +83,8 @@ class CompressedKVCache(_BaseCache):
         blocks = max(0, (self.keys.recent_length - WINDOW) // BLOCK)
         self.keys.code(blocks * BLOCK)
         self.values.code(blocks * BLOCK)
+        if blocks > 1:  # of a prompt: its rows go as soon as they are coded
+            mx.eval(self.keys.arrays, [] if self.latent else self.values.arrays)
 
     def trim(self, n: int) -> int:
         """Drop the newest n tokens; how many were dropped."""
@@ -95,7 +115,8 @@ class CompressedKVCache(_BaseCache):
     @state.setter
     def state(self, v: tuple[Any, ...]) -> None:
         self.offset, self.latent = int(v[0]), bool(v[1])
-        self.keys, self.values = Side.from_state(v[2]), Side.from_state(v[3])
+        self.keys = Side.from_state(v[2])
+        self.values = (Whole if self.latent else Side).from_state(v[3])
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False

@@ -6,6 +6,7 @@ tokens are all recent), recurrent states, lists of caches, and layers with atten
 (gemma2's softcap).
 
     cache = make_cache(model, key_bits=3.5, value_bits=3.5)
+    compress(model, 3.5); cache = mlx_lm.models.cache.make_prompt_cache(model)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def make_cache(
     for wanted in [(key_bits, value_bits), *(layers or [])]:
         if wanted is not None and not set(wanted) <= set(BITS):
             raise ValueError(f"KV bits are of {', '.join(map(str, BITS))}, not {wanted}")
-    caches = mlx_cache.make_prompt_cache(model)
+    caches = _plain(model)
     kinds = kinds_of(model, caches)
     bits = [(key_bits, value_bits)] * len(caches) if layers is None else list(layers)
     install()
@@ -49,21 +50,40 @@ def make_cache(
     ]
 
 
+def compress(model: nn.Module, bits: float) -> None:
+    """Let `model` make compressed caches wherever it is asked for caches, mlx-lm's way."""
+    model.make_cache = lambda: make_cache(model, bits, bits)
+
+
+def most_rows(caches: Sequence[Any]) -> int:
+    """The longest pass over `caches` whose rows all read what plain decoding would."""
+    return min((c.rows_alike for c in caches if isinstance(c, CompressedKVCache)), default=1 << 30)
+
+
+def _plain(model: nn.Module) -> list[Any]:
+    """mlx-lm's caches of a model, whether or not it is to compress them."""
+    made = getattr(type(model), "make_cache", None)
+    return made(model) if made else [mlx_cache.KVCache() for _ in getattr(model, "layers", [])]
+
+
 def kinds_of(model: nn.Module, caches: Sequence[Any]) -> list[str | None]:
     """For each cache "full", "latent", or None where it is to stay as it is."""
-    layers = getattr(model, "layers", [])
-    if len(layers) != len(caches):  # which layer has which cache is not known
-        return [None] * len(caches)
-    return [
-        _kind(layer) if type(cache) is mlx_cache.KVCache else None
-        for layer, cache in zip(layers, caches, strict=True)
-    ]
+    kinds = [_kind(layer) for layer in getattr(model, "layers", [])]
+    plain = [type(cache) is mlx_cache.KVCache for cache in caches]
+    if len(kinds) != len(caches):  # nemotron_h has caches of some layers only
+        known = iter([kind for kind in kinds if kind])
+        if sum(plain) != sum(kind is not None for kind in kinds):
+            return [None] * len(caches)  # which layer has which cache is not known
+        kinds = [next(known) if one else None for one in plain]
+    return [kind if one else None for kind, one in zip(kinds, plain, strict=True)]
 
 
 def _kind(layer: nn.Module) -> str | None:
     for module in layer.modules():
-        code = getattr(type(module).__call__, "__code__", None)
+        call = type(module).__call__
+        code = getattr(call, "__code__", None)
         names = code.co_names if code else ()
-        if "scaled_dot_product_attention" in names and "update_and_fetch" in names:
+        imported = "scaled_dot_product_attention" in getattr(call, "__globals__", {})
+        if imported and {"scaled_dot_product_attention", "update_and_fetch"} <= set(names):
             return "latent" if "embed_q" in names else "full"
     return None

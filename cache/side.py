@@ -1,6 +1,8 @@
 """Keys or values of one layer: the first tokens, codes, and the newest tokens.
 
 side = Side(3.5); side.append(keys); side.code(64); side.dense()
+
+`Whole` is what a layer keeps as it came.
 """
 
 from __future__ import annotations
@@ -8,13 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
 from .codec import Codec, Codes
 
 FIRST = 4  # attention sinks: kept as they came
 WINDOW = 64  # newest tokens that are never coded
 BLOCK = 64  # tokens coded at a time while decoding
-STEP = 1024  # tokens that storage grows by
+STEP = 1024  # tokens that storage grows by, to its multiples
+PIECE = 4096  # coded tokens decoded at a time
 
 
 class Side:
@@ -91,7 +95,7 @@ class Side:
         held = 0 if self.words is None else self.words.shape[2]
         if end <= held:
             return
-        grow = -(-(end - held) // STEP) * STEP
+        grow = -(-end // STEP) * STEP - held
         parts = [
             mx.zeros((*c.shape[:2], grow, c.shape[3]), c.dtype) for c in (codes.words, codes.scales)
         ]
@@ -111,9 +115,11 @@ class Side:
         assert self.first is not None
         dtype = self.first.dtype
         parts: list[mx.array] = [self.first]
-        if self.coded:
-            x = self.codec.decode(self.codes(0, self.coded)) + self.centre()
-            parts.append(x.astype(dtype))
+        for start in range(0, self.coded, PIECE):
+            x = self.codec.decode(self.codes(start, min(start + PIECE, self.coded)))
+            parts.append((x + self.centre()).astype(dtype))
+            if self.coded > PIECE:  # what decoding leaves behind is of one piece
+                mx.eval(parts[-1])
         if self.recent is not None and self.recent_length:
             parts.append(self.recent)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, 2)
@@ -131,9 +137,14 @@ class Side:
             self.first = self.first[..., : self.first_length - n, :]
 
     @property
-    def nbytes(self) -> int:
+    def arrays(self) -> list[mx.array]:
+        """Those that are there, slack included."""
         arrays = (self.first, self.recent, self.words, self.scales, self.mean)
-        return sum(a.nbytes for a in arrays if a is not None)
+        return [a for a in arrays if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -148,4 +159,45 @@ class Side:
         side = cls(float(state[0]))
         side.coded = int(state[1])
         side.first, side.recent, side.words, side.scales, side.mean = state[2:]
+        return side
+
+
+class Whole:
+    """Rows [B, H, T, D] of a layer in the type that they come in, in mlx-lm's own storage."""
+
+    bits = 0.0
+    coded = 0
+
+    def __init__(self) -> None:
+        self._rows = KVCache()
+
+    def append(self, x: mx.array) -> None:
+        """Take x [B, H, T, D] in as the newest tokens."""
+        self._rows.update_and_fetch(x, x[..., :0])
+
+    def code(self, count: int) -> None:
+        """Nothing is coded here."""
+
+    def dense(self) -> mx.array:
+        """All rows: a view."""
+        return self._rows.keys_and_values()[0]
+
+    def trim(self, n: int) -> None:
+        """Drop the newest n tokens."""
+        self._rows.trim(n)
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.bits, self._rows.offset, self._rows.keys
+
+    @classmethod
+    def from_state(cls, state: Any) -> Whole:
+        """The inverse of `state`."""
+        side = cls()
+        rows = state[2]
+        side._rows.state = rows, None if rows is None else rows[..., :0], int(state[1])
         return side

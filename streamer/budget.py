@@ -6,6 +6,7 @@ is promised is what is loaded. All sizes are bytes of the process's footprint.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from kernels import fast
 from .errors import BudgetError, UsageError
 from .experts import ExpertFormat, held_bytes
 from .footprint import footprint, format_size, parse_size
+from .kv import CODED, FULL, KVBits
 from .opened import Opened
 
 SLACK = 12 << 20  # Python objects, thread stacks and read buffers made after planning
@@ -28,6 +30,7 @@ class Budget:
     """What each owner may take. `slots` follows the order of `Opened.groups`.
 
     head: of the MTP head what is not a routed expert; head_kv: its caches; 0 without one.
+    kv: the caches at `kv_bits` bits; kv_full: in full precision, which is kv_bits 16.
     """
 
     limit: int
@@ -43,6 +46,8 @@ class Budget:
     smallest: int
     head: int = 0
     head_kv: int = 0
+    kv_bits: float = FULL
+    kv_full: int = 0
 
     @property
     def resident(self) -> bool:
@@ -55,15 +60,16 @@ class Budget:
         return held + self.workspace + self.pool
 
 
-def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
+def chunk_workspace(opened: Opened, chunk: int, context: int, kv_bits: float = FULL) -> int:
     """Transient bytes of a pass over `chunk` tokens, free buffers included.
 
     Of one layer, as MLX evaluates layer by layer when it streams, in float32:
     activations, the gathered rows of its experts, three copies of the attention
     scores, which the CPU back end materialises, a recurrent state for every token,
     as mlx-lm's loop over tokens leaves them (the kernel has one before, one after and
-    a copy of each), and latent attention's keys and values of every head. 1.1 to 1.6
-    times the peaks measured at true shapes (docs/LOG.md).
+    a copy of each), latent attention's keys and values of every head, and what reading
+    and writing coded caches takes. 1.1 to 1.6 times the peaks measured at true shapes
+    (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
     heads = opened.text("num_attention_heads", 32)
@@ -81,21 +87,44 @@ def chunk_workspace(opened: Opened, chunk: int, context: int) -> int:
         chunk * (row + 12 * heads * rows + states)
         + (4 if one else 8) * state
         + (expanded * rows if latent else 0)
+        + (opened.coding_bytes(chunk, rows, kv_bits) if chunk else 0)
         + 24 * vocabulary
         + (8 << 20)
     )
 
 
 def divide(
-    opened: Opened, memory: str | int | None, context: int, *, spare: int | None = None
+    opened: Opened,
+    memory: str | int | None,
+    context: int,
+    *,
+    spare: int | None = None,
+    kv_bits: KVBits = FULL,
 ) -> Budget:
     """Divide `memory`: bytes, a size such as '8GB', 'min', or 'N%' of the experts.
 
-    spare: what the machine can give, used when memory is None. Raises
-    BudgetError naming the smallest budget that works.
+    spare: what the machine can give, used when memory is None. kv_bits: of the KV cache;
+    auto takes the most with which the context fits. Raises BudgetError naming the
+    smallest budget that works.
     """
     runtime = footprint() + SLACK
-    trunk, kv = opened.trunk_bytes, opened.kv_bytes(context)
+    auto = (FULL, *CODED) if opened.coded_layers[0] else (FULL,)
+    choices = auto if kv_bits == "auto" else (kv_bits,)
+    for bits in choices[:-1]:
+        with contextlib.suppress(BudgetError):
+            return _divide(opened, memory, context, spare, bits, runtime)
+    return _divide(opened, memory, context, spare, choices[-1], runtime)
+
+
+def _divide(
+    opened: Opened,
+    memory: str | int | None,
+    context: int,
+    spare: int | None,
+    bits: float,
+    runtime: int,
+) -> Budget:
+    trunk, kv = opened.trunk_bytes, opened.kv_bytes(context, bits)
     head, head_kv = opened.head_bytes, opened.head_kv_bytes(context)
     groups = opened.groups
     least = {fmt: _least_slots(opened, layers) for fmt, layers in groups.items()}
@@ -103,12 +132,12 @@ def divide(
     floor = sum(n * held_bytes(fmt) for fmt, n in least.items())
     full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
     fixed = runtime + trunk + head + kv + head_kv
-    smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context) + floor
+    smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context, bits) + floor
 
     share = _percentage(memory)
     if share is not None:
-        chunk = _wanted_chunk(opened, context, full)
-        workspace = chunk_workspace(opened, chunk, context)
+        chunk = _wanted_chunk(opened, context, full, bits)
+        workspace = chunk_workspace(opened, chunk, context, bits)
         room = max(floor, int(share * full))
         limit = fixed + workspace + room
     else:
@@ -119,10 +148,11 @@ def divide(
                 f"that works is {format_size(smallest, up=True)} (runtime "
                 f"{format_size(runtime)}, trunk {format_size(trunk)}, "
                 f"{f'MTP head {format_size(head)}, ' if head else ''}KV of {context} tokens "
+                f"{f'at {bits} bits ' if bits < FULL else ''}"
                 f"{format_size(kv + head_kv)}, workspace and {sum(least.values())} expert slots "
                 f"{format_size(smallest - fixed)})"
             )
-        chunk, workspace = _chunk(opened, context, limit - fixed - floor, full)
+        chunk, workspace = _chunk(opened, context, limit - fixed - floor, full, bits)
         room = limit - fixed - workspace
     slots = _share(groups, least, counts, min(room, full))
     pool = sum(n * held_bytes(fmt) for fmt, n in slots.items())
@@ -140,6 +170,8 @@ def divide(
         smallest=smallest,
         head=head,
         head_kv=head_kv,
+        kv_bits=bits,
+        kv_full=opened.kv_bytes(context),
     )
 
 
@@ -169,29 +201,32 @@ def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:
     return smallest if memory.strip().lower() == "min" else parse_size(memory)
 
 
-def _wanted_chunk(opened: Opened, context: int, full: int) -> int:
+def _wanted_chunk(opened: Opened, context: int, full: int, bits: float = FULL) -> int:
     """The chunk that costs at most a quarter of the experts, or 64 tokens."""
     chunk = MAX_CHUNK
-    while chunk > 64 and _growing(opened, chunk, context) > full // 4:
+    while chunk > 64 and _growing(opened, chunk, context, bits) > full // 4:
         chunk //= 2
     return chunk
 
 
-def _chunk(opened: Opened, context: int, room: int, full: int) -> tuple[int, int]:
+def _chunk(
+    opened: Opened, context: int, room: int, full: int, bits: float = FULL
+) -> tuple[int, int]:
     """(tokens per prefill pass, workspace bytes): at most an eighth of what experts could use."""
-    chunk = _wanted_chunk(opened, context, full)
+    chunk = _wanted_chunk(opened, context, full, bits)
     while chunk > MIN_CHUNK:
-        workspace = chunk_workspace(opened, chunk, context)
-        modest = _growing(opened, chunk, context) <= room // 8
+        workspace = chunk_workspace(opened, chunk, context, bits)
+        modest = _growing(opened, chunk, context, bits) <= room // 8
         if workspace <= room and (modest or workspace + full <= room):
             break
         chunk //= 2
-    return chunk, chunk_workspace(opened, chunk, context)
+    return chunk, chunk_workspace(opened, chunk, context, bits)
 
 
-def _growing(opened: Opened, chunk: int, context: int) -> int:
+def _growing(opened: Opened, chunk: int, context: int, bits: float = FULL) -> int:
     """The part of the workspace that a smaller chunk saves."""
-    return chunk_workspace(opened, chunk, context) - chunk_workspace(opened, 0, context)
+    whole = chunk_workspace(opened, chunk, context, bits)
+    return whole - chunk_workspace(opened, 0, context, bits)
 
 
 def _least_slots(opened: Opened, layers: list) -> int:

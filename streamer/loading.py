@@ -21,6 +21,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
+from cache.make import compress
 from kernels import fast
 
 from .budget import Budget, divide, with_slots
@@ -32,6 +33,7 @@ from .experts import LayerExperts, extras, held_bytes, stored_bytes
 from .footprint import default_budget, footprint, format_size, return_freed_memory
 from .heat import Heat
 from .hub import resolve
+from .kv import FULL, KVBits, read_bits
 from .opened import Opened, open_model
 from .probe import choose_backend
 from .rehearse import Choice, Rehearsal, decoder_layers
@@ -151,6 +153,7 @@ def load(
     mtp: bool = False,
     executor: Choice = "layerwise",
     heat: str = "off",
+    kv_bits: KVBits = "auto",
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint folder or repository so that the process stays within `memory`.
@@ -161,13 +164,17 @@ def load(
     head, where there is one, for `streamer.stream_generate` to draft with. executor:
     layerwise, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
     heat: off, auto or a file, for a warm start (`streamer.heat`); closing the streamer adds to it.
+    kv_bits: 16 for mlx-lm's own caches, 8, 4, 3.5, 3, 2.5 or 2 for compressed ones, which
+    `mlx_lm.models.cache.make_prompt_cache(model)` then gives; auto: 16 unless the context
+    would not fit, see `model.streamer.budget.kv_bits`.
     Raises a StreamerError whose text is one line.
     """
+    bits = read_bits(kv_bits)
     path = resolve(str(model))
     opened = open_model(path, dtype, mtp=mtp)
     tokenizer = open_tokenizer(opened)
     spare = default_budget()[0] if memory is None else None
-    budget = divide(opened, memory, context, spare=spare)
+    budget = divide(opened, memory, context, spare=spare, kv_bits=bits)
     said = progress or (lambda *_: None)
     return attach(opened, budget, io, said, executor=executor, heat=heat), tokenizer
 
@@ -228,6 +235,8 @@ def attach(
     if streamer.heat is not None:
         streamer.heat.fill(streamer.executors, lambda n, total: progress("experts", n, total))
     model.streamer = streamer
+    if budget.kv_bits < FULL:
+        compress(model, budget.kv_bits)
     if executor != "layerwise" and opened.layers and not streamer.resident:
         found = decoder_layers(model, [layer.path for layer in opened.trunk_layers])
         if found is not None:
@@ -245,13 +254,14 @@ def load_streamed(
     executor: Choice = "layerwise",
     disk: Disk | None = None,
     heat: str = "off",
+    kv_bits: float = FULL,
 ) -> nn.Module:
     """A model with a pool of exactly `slots` experts: None for all, 0 for the smallest.
 
     For tests and benchmarks; there is no bound on the footprint.
     """
     opened = open_model(path, dtype, mtp=mtp)
-    budget = divide(opened, 1 << 60, 4096)
+    budget = divide(opened, 1 << 60, 4096, kv_bits=kv_bits)
     counts = tuple(sum(x.count for x in layers) for layers in opened.groups.values())
     if slots is not None:
         counts = spread(counts, slots / max(1, opened.experts), opened.top_k)

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path, PosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +19,11 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
+from cache.make import kinds_of
 from mtp.find import head_names
 from mtp.head import Head
 
+from .cache_size import KV_STEP, CacheSize, extrapolated, held, sizes_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, LayoutError, StreamerError
 from .experts import (
@@ -35,21 +37,10 @@ from .experts import (
 )
 from .head import Found, advice, read_head
 from .hub import called
+from .kv import FULL
 from .trace import tracing
 
-KV_STEP = 256  # mlx-lm's caches grow by this many tokens
 HEAD = "mtp"  # the model's child that is its MTP head
-
-
-class CacheSize(NamedTuple):
-    """What a cache weighs: bytes from the start, and of every row until there are `limit`."""
-
-    fixed: int
-    row: int
-    limit: int | None = None
-
-    def at(self, rows: int) -> int:
-        return self.fixed + self.row * min(rows, (self.limit or rows) + KV_STEP)
 
 
 @dataclass
@@ -114,11 +105,24 @@ class Opened:
 
     def _resident_bytes(self, *, head: bool) -> int:
         parameters = [p for n, p in trunk_parameters(self.model) if in_head(n) == head]
-        return sum(_held(p, self.widen) * p.size for p in parameters)
+        return sum(held(p, self.widen) * p.size for p in parameters)
 
-    def kv_bytes(self, context: int) -> int:
-        """Bytes of the trunk's caches at `context` tokens, as mlx-lm allocates them."""
-        return _kv_bytes(self._caches, context)
+    def kv_bytes(self, context: int, bits: float = FULL) -> int:
+        """Bytes of the trunk's caches at `context` tokens, as they are allocated."""
+        return sum(cache.at(context, bits) for cache in self._caches)
+
+    def coding_bytes(self, rows: int, context: int, bits: float) -> int:
+        """What a pass of `rows` rows takes of coded caches besides, bytes."""
+        if bits >= FULL:
+            return 0
+        coded = [cache.coded for cache in self._caches if cache.coded]
+        return max((size.transient(rows, context, bits) for size in coded), default=0)
+
+    @property
+    def coded_layers(self) -> tuple[int, int]:
+        """How many caches can be compressed, of how many that grow with the context."""
+        growing = [c for c in self._caches if c.row]
+        return sum(c.coded is not None for c in growing), len(growing)
 
     @property
     def state_bytes(self) -> int:
@@ -132,7 +136,7 @@ class Opened:
 
     def head_kv_bytes(self, context: int) -> int:
         """Bytes of the MTP head's caches at `context` tokens."""
-        return _kv_bytes(self._head_caches, context)
+        return sum(cache.at(context) for cache in self._head_caches)
 
     def text(self, key: str, default: int) -> int:
         """An integer of the (text) configuration."""
@@ -163,7 +167,7 @@ def open_model(path: Path, dtype: str = "auto", *, mtp: bool = False) -> Opened:
         with tracing(checkpoint, hidden=head_names(checkpoint.config, checkpoint.tensors)):
             model, config = load_lazily(path)
         found = _with_head(checkpoint, model, config, widen) if mtp else Found.none(checkpoint)
-        top_k, caches, head_caches = _shapes(model, found.head)
+        top_k, caches, head_caches = _shapes(model, found.head, widen)
     except StreamerError:
         raise
     except Exception as error:  # a model file may stumble over a configuration anywhere
@@ -235,12 +239,6 @@ def trunk_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(p, a) for p, a in flat.items() if not inside or not p.startswith(inside)]
 
 
-def _held(parameter: mx.array, widen: mx.Dtype | None) -> int:
-    if widen is not None and mx.issubdtype(parameter.dtype, mx.floating):
-        return widen.size
-    return parameter.dtype.size
-
-
 class _Recorder(nn.Module):
     """Stands in for a switch while shapes are looked up; notes the router's top-k."""
 
@@ -255,7 +253,9 @@ class _Recorder(nn.Module):
         return mx.zeros((*indices.shape, x.shape[-1]), dtype=x.dtype)
 
 
-def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[CacheSize], list[CacheSize]]:
+def _shapes(
+    model: nn.Module, head: Head | None, widen: mx.Dtype | None
+) -> tuple[int, list[CacheSize], list[CacheSize]]:
     """The routers' top-k, and the sizes of the trunk's and the head's caches.
 
     From passes that are never evaluated, and of which nothing is kept: a lazy
@@ -273,10 +273,15 @@ def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[CacheSize], 
     try:
         model.update_modules(tree_unflatten([(path, _Recorder(seen, m)) for path, m in switches]))
         caches = passed(2)
-        sizes = [size for cache in caches for size in _cache_sizes(cache)]
+        kinds = kinds_of(model, caches)
+        sizes = [
+            size
+            for cache, kind in zip(caches, kinds, strict=True)
+            for size in sizes_of(cache, widen, kind)
+        ]
         if not all(isinstance(cache, _BaseCache) for cache in caches):
             few, many = passed(4 * KV_STEP), passed(8 * KV_STEP)
-            sizes = [_extrapolated(a, b) for a, b in zip(few, many, strict=True)]
+            sizes = [extrapolated(a, b, widen) for a, b in zip(few, many, strict=True)]
         if head:
             tokens = mx.zeros((1, 2), dtype=mx.int32)
             hidden = head.trunk.embed(tokens)
@@ -284,35 +289,8 @@ def _shapes(model: nn.Module, head: Head | None) -> tuple[int, list[CacheSize], 
                 head(hidden, tokens, head_caches, step)
     finally:
         model.update_modules(tree_unflatten(switches))
-    head_sizes = [size for cache in head_caches for size in _cache_sizes(cache)]
+    head_sizes = [size for cache in head_caches for size in sizes_of(cache, widen)]
     return max(seen, default=0), sizes, head_sizes
-
-
-def _kv_bytes(caches: list[CacheSize], context: int) -> int:
-    rows = -(-max(context, 1) // KV_STEP) * KV_STEP
-    return sum(cache.at(rows) for cache in caches)
-
-
-def _cache_sizes(cache: Any) -> list[CacheSize]:
-    if hasattr(cache, "caches"):
-        return [size for c in cache.caches for size in _cache_sizes(c)]
-    arrays = _arrays(cache)
-    if not hasattr(cache, "keys"):
-        return [CacheSize(sum(a.nbytes for a in arrays), 0)]
-    limit = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
-    return [CacheSize(0, sum(a.nbytes // a.shape[2] for a in arrays), limit)]
-
-
-def _extrapolated(few: Any, many: Any) -> CacheSize:
-    """Of a model's own kind of cache, from what it holds of 4 and of 8 steps of rows."""
-    small, large = (sum(a.nbytes for a in _arrays(cache)) for cache in (few, many))
-    row = -(-(large - small) // (4 * KV_STEP))
-    return CacheSize(max(0, small - row * 4 * KV_STEP), row)
-
-
-def _arrays(cache: Any) -> list[mx.array]:
-    parts = [cache.keys, cache.values] if hasattr(cache, "keys") else cache.state
-    return [array for array in dict(tree_flatten(list(parts))).values() if array is not None]
 
 
 def _check_runs_here(path: Path, layers: list[LayerExperts]) -> None:

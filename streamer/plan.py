@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .console import Parser, command, number
+from .kv import bits_option
 
 # Share of a layer's chosen experts found in an LRU pool that holds a share of
 # all experts: measured on a trained 8-layer, 32-expert, top-4 model.
@@ -43,6 +44,7 @@ def parser() -> Parser:
     p.add_argument("--memory", help="8GB, 50%% (of the experts), min; default: what can be spared")
     p.add_argument("--context", type=number(1, 1 << 30, int), default=4096, help="tokens")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
+    p.add_argument("--kv-bits", type=bits_option, default="auto", metavar="auto|16|8|4|3.5|3|2.5|2")
     p.add_argument("--mtp", choices=("auto", "off"), default="off", help="plan for the MTP head")
     p.add_argument("--json", action="store_true")
     return p
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     opened = open_model(path, args.dtype, mtp=args.mtp == "auto")
     open_tokenizer(opened)  # its memory belongs to the runtime that is measured
     spare = default_budget()[0] if args.memory is None else None
-    budget = divide(opened, args.memory, args.context, spare=spare)
+    budget = divide(opened, args.memory, args.context, spare=spare, kv_bits=args.kv_bits)
     forecast = foresee(opened, budget)
     if args.json:
         print(json.dumps({"budget": asdict(budget), **describe(opened), **asdict(forecast)}))
@@ -165,7 +167,7 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
         ("  runtime", format_size(budget.runtime)),
         ("  trunk", format_size(budget.trunk)),
         *_head_rows(opened, budget),
-        ("  KV cache", f"{format_size(budget.kv)} for {budget.context} tokens"),
+        ("  KV cache", _kv_row(opened, budget)),
         ("  workspace", f"{format_size(budget.workspace)}, prefill {budget.chunk} tokens a pass"),
     ]
     if layers:
@@ -188,6 +190,24 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
     low, high = forecast.tokens_per_second
     rows.append(("speed", f"{low:.1f} to {high:.1f} tokens/s"))
     return "\n".join(f"{name:12} {text}" for name, text in rows)
+
+
+def _kv_row(opened: Any, budget: Any) -> str:
+    """Its size at the chosen bits and in full precision, and which layers have it."""
+    from .footprint import format_size
+    from .kv import CODED, FULL
+
+    full = f"{format_size(budget.kv_full)} in full precision"
+    coded, growing = opened.coded_layers
+    some = f", {coded} of {growing} layers coded" if 0 < coded < growing else ""
+    if budget.kv_bits < FULL:
+        size = f"{format_size(budget.kv)} at {budget.kv_bits} bits ({full}{some})"
+    elif coded:
+        least = CODED[-1]
+        size = f"{full} ({format_size(opened.kv_bytes(budget.context, least))} at {least} bits)"
+    else:
+        size = full
+    return f"{size} for {budget.context} tokens"
 
 
 def _head_rows(opened: Any, budget: Any) -> list[tuple[str, str]]:

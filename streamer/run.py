@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .console import Interrupted, Parser, bar, command, interruptible, number, say, write_json
 from .disk import Disk
 from .errors import UsageError
+from .kv import bits_option
 
 if TYPE_CHECKING:
     from .session import Session
@@ -53,6 +54,14 @@ def parser() -> Parser:
         default="off",
         metavar="auto|off|1..8",
         help="tokens that the model's MTP head drafts at each step (auto: by measured cost)",
+    )
+    p.add_argument(
+        "--kv-bits",
+        type=bits_option,
+        default="auto",
+        metavar="auto|16|8|4|3.5|3|2.5|2",
+        help="bits a channel of the KV cache (auto: 16, full precision, unless the context "
+        "would not fit)",
     )
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
     p.add_argument(

@@ -24,6 +24,7 @@ from .engine import Timing, generate
 from .errors import CheckpointError, UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
+from .kv import FULL, describe
 from .loading import Streamer, attach, open_tokenizer
 from .opened import Opened, open_model
 from .speculate import Counters, Speculation, why_not
@@ -42,7 +43,7 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     if len(tokens) >= context:
         raise UsageError(f"the prompt has {len(tokens)} tokens and --context is {context}")
     spare, why = default_budget() if args.memory is None else (None, "")
-    budget = divide(opened, args.memory, context, spare=spare)
+    budget = divide(opened, args.memory, context, spare=spare, kv_bits=args.kv_bits)
     with bar("loading") as update:
         model = attach(
             opened,
@@ -140,9 +141,21 @@ class Session:
             f"{s.opened.name}: budget {format_size(b.limit)}{why}: runtime "
             f"{format_size(b.runtime)}, trunk {format_size(b.trunk)}, "
             f"{f'MTP head {format_size(b.head)}, ' if b.head else ''}"
-            f"KV {format_size(b.kv + b.head_kv)} for {b.context} tokens, workspace "
+            f"KV {format_size(b.kv + b.head_kv)} {self._about_kv()}for {b.context} tokens, "
+            f"workspace "
             f"{format_size(b.workspace)}, {experts}, reads by {s.io}{head}"
         )
+
+    def _about_kv(self) -> str:
+        """At how many bits the history is held, and why; empty in full precision."""
+        b = self.streamer.budget
+        if b.kv_bits == FULL:
+            return ""
+        if not self.streamer.opened.coded_layers[0]:
+            return f"in full precision, none of its layers can be held at {b.kv_bits} bits, "
+        why = ", which does not fit" if self._args.kv_bits == "auto" else ""
+        full = format_size(b.kv_full + b.head_kv)
+        return f"at {b.kv_bits} bits (full precision takes {full}{why}) "
 
     def reply(self, tokens: list[int], on_prompt: Callable[[int, int], None]) -> Iterator[str]:
         """Pieces of text after `tokens`, a whole conversation; what is cached is not re-read."""
@@ -237,11 +250,7 @@ class Session:
             "mtp": self.drafts.stats(),
             "rehearsal": s.counters.rehearsal(),
             "syncs": s.counters.syncs,
-            "kv_cache": {
-                "kind": type(self._cache[0]).__name__ if self._cache else "none",
-                "bits": 16 if s.opened.widen is None else 32,
-                "bytes": sum(c.nbytes for c in self._cache),
-            },
+            "kv_cache": describe(self._cache, 16 if s.opened.widen is None else 32),
             "finished_at": time.time(),
         }
 

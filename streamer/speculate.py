@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from cache.make import most_rows
 from mtp.depth import DEEPEST, Depth, Fixed
 from mtp.draft import Drafter
 from mtp.head import Head
@@ -109,6 +110,9 @@ class Speculation:
         `inputs`, the first of them `last`. The block ends with the first in `stop`.
         None where no draft was worth a row; nothing of the trunk has run then.
         """
+        count = min(count, most_rows(cache) - 1)
+        if count < 1:
+            return None
         rule.begin()
         watch, began = self.model.streamer.watch, time.perf_counter()
         made = self._draft(last, count, rule, rows)

@@ -54,6 +54,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (("--prompt", "x", "--io", "magic"), "--io"),
         (("--prompt", "x", "--context", "1"), "--context"),
         (("--prompt", "x", "--no-such-option"), "no-such-option"),
+        (("--prompt", "x", "--kv-bits", "5"), "--kv-bits"),
+        (("--prompt", "x", "--kv-bits", "2.50001"), "KV bits are auto or one of 16, 8"),
+        (("--prompt", "x", "--kv-bits", "4", "--memory", "1MB"), "tokens at 4 bits"),
+        (("--prompt", "x", "--memory", "1MB"), "tokens at 2 bits"),
     ],
 )
 def test_options(

@@ -66,8 +66,14 @@ def tokens_of(model: Any, count: int = 40, prompt: Sequence[int] = PROMPT, **opt
     return [step.token for step in steps], timing, cache
 
 
-def drafting(model: Any, plain: list[int], *depths: int, share: float = 0.7) -> Speculation:
-    head: Any = Oracle(model, [*PROMPT, *plain], share)
+def drafting(
+    model: Any,
+    plain: list[int],
+    *depths: int,
+    share: float = 0.7,
+    prompt: Sequence[int] = PROMPT,
+) -> Speculation:
+    head: Any = Oracle(model, [*prompt, *plain], share)
     speculation = Speculation(model, head, 4)
     speculation.depth = Turns(*depths)  # type: ignore[assignment]
     return speculation
