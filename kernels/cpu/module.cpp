@@ -6,6 +6,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "attention.h"
 #include "codes.h"
 #include "delta.h"
 #include "experts.h"

@@ -79,16 +79,4 @@ void run_delta(
 // x [B, T + taps - 1, C], weight [C, taps, 1] -> [B, T, C].
 mx::array depthwise_conv(const mx::array& x, const mx::array& weight, mx::StreamOrDevice stream);
 
-// q [B, H, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, H, T, Dv]. causal: the last row sees
-// all S, each row before it one less. bias [T, S]: added to the scores. sinks [H].
-mx::array attention(
-    const mx::array& q,
-    const mx::array& k,
-    const mx::array& v,
-    float scale,
-    bool causal,
-    const std::optional<mx::array>& bias,
-    const std::optional<mx::array>& sinks,
-    mx::StreamOrDevice stream);
-
 } // namespace streamer

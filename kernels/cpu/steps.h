@@ -21,19 +21,6 @@ struct Delta {
   float *y, *d; // strides as v
 };
 
-// One query row against n keys and values; softmax in float32.
-struct Row {
-  const float *q, *k, *v;
-  int64_t k_stride, v_stride;
-  int D, Dv; // widths of keys and of values
-  int n;
-  float scale;
-  const float* sink; // a logit that takes weight and gives no value, or null
-  const float* bias; // added to the n scores, or null
-  float* scores; // [n rounded up to 16], room to work in
-  float* y; // [Dv]
-};
-
 constexpr int max_taps = 8;
 
 struct Steps {
@@ -43,7 +30,6 @@ struct Steps {
   void (*delta)(const Delta& head, int begin, int end);
   // y[c] = sum_k x[k * C + c] * w[k * C + c] for C channels.
   void (*conv)(const float* x, const float* w, int taps, int C, float* y);
-  void (*attend)(const Row& row);
   // y[c] = sum_i x[i][at + c] * w[(at + c) * taps + i] for C channels.
   void (*taps)(const float* const* x, const float* w, int taps, int at, int C, float* y);
   // The sum of n floats, and what `rounds` times 128 independent multiply-adds come to: floors.h.

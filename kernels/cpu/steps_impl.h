@@ -129,46 +129,6 @@ void conv(const float* x, const float* w, int taps, int C, float* y) {
   }
 }
 
-void attend(const Row& row) {
-  float top = row.sink != nullptr ? *row.sink : -3.4e38f;
-  for (int i = 0; i < row.n; ++i) {
-    float score = dot(row.q, row.k + i * row.k_stride, row.D) * row.scale;
-    if (row.bias != nullptr) score += row.bias[i];
-    row.scores[i] = score;
-    top = score > top ? score : top;
-  }
-  for (int i = row.n; i % W != 0; ++i) row.scores[i] = -3.4e38f;
-  F total = {};
-  for (int i = 0; i < row.n; i += W) {
-    F p = exponential(load(row.scores + i) - top);
-    if (i + W > row.n) {
-      for (int j = row.n - i; j < W; ++j) p[j] = 0.0f;
-    }
-    store(row.scores + i, p);
-    total += p;
-  }
-  float weight = sum(total);
-  if (row.sink != nullptr) weight += exponential(F{} + (*row.sink - top))[0];
-  int at = 0;
-  for (; at + 4 * W <= row.Dv; at += 4 * W) {
-    F y[4] = {};
-    const float* v = row.v + at;
-    for (int i = 0; i < row.n; ++i, v += row.v_stride) {
-      const float p = row.scores[i];
-      for (int j = 0; j < 4; ++j) y[j] += load(v + j * W) * p;
-    }
-    for (int j = 0; j < 4; ++j) store(row.y + at + j * W, y[j] / weight);
-  }
-  for (; at < row.Dv; at += W) {
-    const int n = row.Dv - at < W ? row.Dv - at : W;
-    F y = {};
-    const float* v = row.v + at;
-    for (int i = 0; i < row.n; ++i, v += row.v_stride) y += load(v, n) * row.scores[i];
-    y /= weight;
-    std::memcpy(row.y + at, &y, n * sizeof(float));
-  }
-}
-
 void taps(const float* const* x, const float* w, int taps, int at, int C, float* y) {
   w += int64_t(at) * taps;
   if (taps == 4) { // what models have; the compiler turns the stride into shuffles
@@ -213,7 +173,7 @@ float multiply(int rounds, float start) {
   return sum(((a + b) + (c + d)) + ((e + f) + (g + h)));
 }
 
-constexpr Steps table = {norm, delta, conv, attend, taps, total, multiply};
+constexpr Steps table = {norm, delta, conv, taps, total, multiply};
 
 } // namespace
 } // namespace streamer
