@@ -178,6 +178,15 @@ def test_it_finds_that_plain_steps_have_become_cheap() -> None:
     assert machine.run(depth, 1500) > 0.95 * machine.plain(), machine.verified
 
 
+def test_in_doubt_it_stays_plain() -> None:
+    """Steps that wait for a disk differ by half, and a few say little of a tenth."""
+    of_plain = []
+    for seed in range(12):
+        machine = Machine(lambda k: 0.020 + 0.018 * k, 0.002, 0.8, noise=0.9, seed=seed)
+        of_plain.append(machine.run(Depth(), 640) / machine.plain())
+    assert sum(of_plain) / len(of_plain) > 0.98, of_plain
+
+
 @pytest.mark.smoke
 def test_limits() -> None:
     depth = Depth()
