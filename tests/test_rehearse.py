@@ -133,7 +133,7 @@ def test_auto_settles_on_the_fastest_way(best: int) -> None:
         chosen.append(costs.choose())
         costs.record(chosen[-1], 1.0 if chosen[-1] == best else 1.2 + chosen[-1])
     assert chosen[100:].count(best) >= 0.97 * len(chosen[100:])
-    for _ in range(1500):  # what was slow becomes fast
+    for _ in range(6000):  # what was slow becomes fast
         chosen.append(costs.choose())
         costs.record(chosen[-1], 0.5 if chosen[-1] == (best + 1) % 3 else 1.0)
     assert chosen[-100:].count((best + 1) % 3) >= 90
