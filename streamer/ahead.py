@@ -88,6 +88,16 @@ class ReadAhead:
             reading.promote()
         return [(experts, reading) for reading, experts in found.items()]
 
+    def arrived(self) -> list[tuple[int, int]]:
+        """(layer, expert) of those that are there, now in the pool, the last to be evicted."""
+        self.reclaim()
+        done = [one for one in self._reading.values() if one.reading.done]
+        for one in done:
+            one.reading.wait()
+            del self._reading[one.layer, one.expert]
+            self._pool.place(one.layer, one.expert, one.slot)
+        return [(one.layer, one.expert) for one in done]
+
     def drop(self, wait: bool = False) -> None:
         """Nothing of it is needed any more. wait: until all slots are free."""
         for one in self._reading.values():

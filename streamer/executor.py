@@ -23,12 +23,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kernels import blocks
+
 from .ahead import ReadAhead, Reading
 from .counters import Counters
 from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
 from .lrfu import Lrfu
-from .pairs import Groups, Pairs
+from .pairs import Groups, Pairs, projections
 from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
@@ -71,6 +73,8 @@ class Executor:
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
         self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
+        self.known: dict[int, np.ndarray] = {}  # what a layer's next call will choose
+        self.fresh: set[tuple[int, int]] = set()  # read ahead, resident, not yet asked for
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
@@ -83,7 +87,7 @@ class Executor:
         try:
             return self._run(layer, inner, x, indices)
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
 
     def _run(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
@@ -93,8 +97,12 @@ class Executor:
             return y
         if self.pool.covers(layer):
             return self._covered(layer, inner, x, indices)
-        ids = np.array(indices)
-        self.counters.syncs += 1
+        known = self.known.pop(layer, None)
+        if known is None:
+            ids = np.array(indices)
+            self.counters.syncs += 1
+        else:
+            ids = known
         self._settle()
         self.pool.chose(layer, ids)
         np.add.at(self.uses[layer], ids.reshape(-1), 1)
@@ -114,7 +122,8 @@ class Executor:
                 self.ahead.drop(wait=True)
             misses = [e for e in need if table[e] < 0]
             hits = [e for e in need if table[e] >= 0]
-        self._count(layer, ids, len(hits), len(misses))
+        fresh = self._used(layer, hits) if self.fresh else 0
+        self._count(layer, ids, len(hits) - fresh, len(misses) + fresh)
         self.pool.touch(layer, hits)
         if not misses:
             return self._track(inner(x, self._slots(layer, ids)))
@@ -152,6 +161,10 @@ class Executor:
         slots = self._table(layer)[indices]
         if self.pool.covers(layer):
             return inner(x, slots)
+        kernel = projections(inner)
+        y = None if kernel is None else blocks.fused(x, slots, kernel)
+        if y is not None:
+            return y  # zeros where a slot is -1
         y = inner(x, mx.maximum(slots, 0))
         # not a product with zero: what lies in slot 0 may be no number
         return mx.where((slots >= 0)[..., None], y, mx.zeros((), dtype=y.dtype))
@@ -165,37 +178,57 @@ class Executor:
         """Whether a pass with so many choices in a layer can be rehearsed."""
         return pairs <= min(DECODE_PAIRS, self.pool.slots)
 
-    def named(self, note: Note) -> tuple[np.ndarray, np.ndarray]:
+    def named(self, note: Note) -> tuple[list[int], list[int]]:
         """(resident, absent) experts of an evaluated note."""
-        need = np.unique(np.array(note.indices))
-        resident = self.pool.slot_of[note.layer][need] >= 0
-        return need[resident], need[~resident]
+        table = self.pool.slot_of[note.layer]
+        need = sorted(set(np.array(note.indices).reshape(-1).tolist()))
+        return [e for e in need if table[e] >= 0], [e for e in need if table[e] < 0]
 
-    def settled(self, note: Note, hits: np.ndarray) -> None:
+    def passed(self, layer: int) -> None:
+        """The layer has run: what is still read ahead for it is not needed."""
+        if self.ahead.held:
+            self.ahead.arriving(layer, ())
+
+    def arrived(self) -> None:
+        """Experts read ahead that are there become resident."""
+        if self.ahead.held:
+            self._tables.clear()
+            for layer, expert in self.ahead.arrived():
+                self.fresh.add((layer, expert))
+                self.pool.expect(layer, [expert])
+
+    def _used(self, layer: int, hits: list[int]) -> int:
+        """How many of the resident experts asked for were read ahead for this."""
+        used = {(layer, e) for e in hits} & self.fresh
+        self.fresh -= used
+        self.counters.prefetch_used += len(used)
+        return len(used)
+
+    def settled(self, note: Note, hits: list[int]) -> None:
         """A rehearsed call was the true one."""
-        self.counters.hits += len(hits)
+        fresh = self._used(note.layer, hits) if self.fresh else 0
         ids = np.array(note.indices)
         self.pool.chose(note.layer, ids)
         np.add.at(self.uses[note.layer], ids.reshape(-1), 1)
-        if self.watch is not None:
-            self.watch.chose(self.numbers[note.layer], ids, 0)
+        self._count(note.layer, ids, len(hits) - fresh, fresh)
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 
     def release(self) -> None:
         """The pass is over: what is still read ahead is not needed."""
         self.pool.expect_nothing()
+        self.fresh.clear()
         if self.ahead.held:
             self._tables.clear()
             self.ahead.drop()
 
-    def prefetch(self, layer: int, experts: np.ndarray, distance: int, room: int) -> None:
-        """Read up to `room` absent experts for a layer `distance` on; 0: it is the next to run."""
+    def prefetch(self, layer: int, experts: list[int], deadline: int, room: int) -> None:
+        """Read up to `room` absent experts ahead, by `deadline`; 0: they are waited for now."""
         self._settle()
-        new = [e for e in experts[:room].tolist() if not self.ahead.reads(layer, e)]
+        new = [e for e in experts[:room] if not self.ahead.reads(layer, e)]
         for wave in self._waves(new):
             slots = self.pool.take(len(wave))
-            reading = self.load(layer, wave, slots, guess=distance or None)
+            reading = self.load(layer, wave, slots, guess=deadline or None)
             self.ahead.add(layer, wave, slots, reading)
         self._tables.clear()
         self.counters.prefetched += len(new)
@@ -217,12 +250,14 @@ class Executor:
         self._readings.append(reading)
         return reading
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Forget every resident expert: after a failure none is known to be whole."""
         for reading in self._readings:
             with contextlib.suppress(StreamerError):
                 reading.wait()
         self._readings.clear()
+        self.known.clear()
+        self.fresh.clear()
         self._unsettled.clear()
         self._unread.clear()
         self._tables.clear()
@@ -263,7 +298,7 @@ class Executor:
                         reading.wait()
                     yield len(waves[i - 1])
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         for key in keys:
             self.pool.place(*key, slots[key])

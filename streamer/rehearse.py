@@ -1,16 +1,18 @@
-"""Rehearse a pass with what is resident, fetch what it named, resume where it went wrong.
+"""Rehearse the next layers with what is resident, fetch what they named, go on where it was wrong.
 
-A rehearsal runs the whole model with the slot tables on the device and absent experts
-weighing zero, and reads all routers back at once. Up to the first decoder layer that chose
-an absent expert it is the true pass; with none absent it is the pass, after one read-back.
-Otherwise every absent expert that was named is queued, nearest layer first, the caches go
-back, and the pass is run again: layers before the first incomplete one hand out what they
-gave; the others run layer by layer while their reads are under way. Source: DESIGN section 4.
+A rehearsal runs `span` decoder layers with the slot tables on the device and absent experts
+weighing zero, and reads their routers back at once. Up to the first layer that chose an
+absent expert it is the true pass. That layer's reads are queued as demands, those that the
+layers behind it named as guesses, nearest first; then it is run again, truly, while its
+reads come, and the next `span` layers are rehearsed behind it. Layers that were right hand
+out what they gave. With a span of all layers (`rehearse`) a pass without misses is read back
+once; with a short one (`lookahead`) a guess rests on a state that is nearly true, and what is
+computed twice is computed while the disk is busy. Source: DESIGN section 4.
 
 Limits: a pass over few rows only; the decoder layers must be one list of modules, called
 once each, with what happens between them depending on their outputs alone.
 
-    model, tokenizer = load(path, executor="rehearse")
+    model, tokenizer = load(path, executor="lookahead")
 """
 
 from __future__ import annotations
@@ -32,38 +34,57 @@ from mtp.rollback import forget, leaves
 from .counters import Counters
 from .executor import Executor, Note
 
-Choice = Literal["auto", "layerwise", "rehearse"]
-EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "rehearse")
+Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
+EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "lookahead", "rehearse")
+LOOKAHEAD = 2  # layers
 Saved = list[tuple[Any, int | None, dict[str, Any]]]  # thing, its place if no cache, what it held
 
-TRIAL, PERIOD, RETRIAL = 6, 96, 3  # passes of a first trial; between trials; of a later one
+TRIAL, RETRIAL = 4, 3  # passes of a first trial; of a later one
+NEAR = 1.3  # ways within this of the best are tried twice
+PROBING = 0.003  # share of time that trials of one other way may cost
 WINDOW = 24  # passes whose median is a way's cost
 
 
 class Costs:
-    """Median seconds from one pass to the next, of each way to run it; for `auto`."""
+    """Median seconds from one pass to the next, of each way to run it; for `auto`.
 
-    def __init__(self) -> None:
-        self._seconds: tuple[deque[float], ...] = (deque(maxlen=WINDOW), deque(maxlen=WINDOW))
-        self._plan: deque[bool] = deque(([True] * TRIAL + [False] * TRIAL) * 2)
-        self._since = 0
+    All ways are tried at first, those that are far behind only once; later one other way at a
+    time, the more rarely the slower it was.
+    """
 
-    def rehearses(self) -> bool:
-        """Whether the next pass is to be rehearsed."""
-        if self._plan:
-            return self._plan.popleft()
-        better = self._median(True) < self._median(False)
-        self._since += 1
-        if self._since >= PERIOD:
-            self._since = 0
-            self._plan.extend([not better] * RETRIAL)
-        return better
+    def __init__(self, ways: int) -> None:
+        self._seconds: list[deque[float]] = [deque(maxlen=WINDOW) for _ in range(ways)]
+        self._plan: deque[int] = deque(way for way in range(ways) for _ in range(TRIAL))
+        self._rounds = 1
+        self._debt = [0.0] * ways  # of the time since its last trial, what a trial may cost
 
-    def record(self, rehearsed: bool, seconds: float) -> None:
-        self._seconds[rehearsed].append(seconds)
+    def choose(self) -> int:
+        """The way of the next pass."""
+        if not self._plan and self._rounds:
+            self._rounds -= 1
+            least = min(map(self._median, range(len(self._seconds))))
+            near = [w for w in range(len(self._seconds)) if self._median(w) < NEAR * least]
+            self._plan.extend(way for way in near for _ in range(TRIAL) if len(near) > 1)
+        if not self._plan:
+            best = min(range(len(self._seconds)), key=self._median)
+            for way in range(len(self._seconds)):
+                self._debt[way] += PROBING * self._median(best)
+                lost = RETRIAL * max(
+                    0.05 * self._median(best), self._median(way) - self._median(best)
+                )
+                if way != best and self._debt[way] > lost:
+                    self._debt[way] = 0.0
+                    self._plan.extend([way] * RETRIAL)
+                    break
+            else:
+                return best
+        return self._plan.popleft()
 
-    def _median(self, rehearsed: bool) -> float:
-        return statistics.median(self._seconds[rehearsed] or [0.0])
+    def record(self, way: int, seconds: float) -> None:
+        self._seconds[way].append(seconds)
+
+    def _median(self, way: int) -> float:
+        return statistics.median(self._seconds[way] or [0.0])
 
 
 class Rehearsal:
@@ -81,14 +102,22 @@ class Rehearsal:
         self._runs, self._top_k, self._choice = list(runs), top_k, choice
         self._counters: Counters = runs[0].counters
         self._costs: dict[int, Costs] = {}  # by rows
-        self._last: tuple[int, bool, float] | None = None  # rows, rehearsed, when it began
+        self._spans = {  # layers rehearsed at once; 0: none
+            "layerwise": (0,),
+            "lookahead": (min(LOOKAHEAD, len(layers)),),
+            "rehearse": (len(layers),),
+            "auto": (0, *(n for n in (1, 2, 4) if n < len(layers)), len(layers)),
+        }[choice]
+        self._last: tuple[int, int, float] | None = None  # rows, way, when it began
         self._notes: list[tuple[int, Note]] = []  # decoder layer, what its switch chose
-        self._outputs: list[Any] = []
-        self._after: list[Saved] = []
+        self._count = len(layers)
+        self._outputs: list[Any] = [None] * self._count
+        self._after: list[Saved] = [[]] * self._count
         self._known: set[int] = set()  # ids of the caches of this pass
         self._at = -1
-        self._first = 0  # the layer to resume at
-        self._noting = False  # in a rehearsal
+        self._first = 0  # layers before it are done
+        self._truly = False  # this one is run with all that it chose
+        self._stop = 0  # and this one not at all
         self._running = False
         for index, layer in enumerate(layers):
             layer.__dict__["_rehearsal"] = self, index
@@ -101,26 +130,35 @@ class Rehearsal:
         """The model's call. Raises StreamerError when a read fails."""
         now = time.perf_counter()
         if self._last is not None:
-            rows, rehearsed, began = self._last
-            self._costs.setdefault(rows, Costs()).record(rehearsed, now - began)
+            rows, way, began = self._last
+            self._costs[rows].record(way, now - began)
             self._last = None
         rows = tokens.size
         if cache is None or self._running or not self._takes(rows):
             return forward()
+        span = self._spans[-1]
         if self._choice == "auto":
-            rehearse = self._costs.setdefault(rows, Costs()).rehearses()
-            self._last = rows, rehearse, now
-            if not rehearse:
-                return forward()
+            costs = self._costs.setdefault(rows, Costs(len(self._spans)))
+            way = costs.choose()
+            self._last, span = (rows, way, now), self._spans[way]
+        if not span:
+            return forward()
         self._running = True
+        missed = self._counters.misses
         try:
-            return self._pass(forward, rows, list(leaves(cache)), cache)
+            return self._pass(forward, rows, span, list(leaves(cache)), cache)
+        except BaseException:
+            for run in self._runs:
+                run.abandon()
+            raise
         finally:
             self._running = False
-            self._first, self._noting = 0, False
-            self._notes, self._outputs, self._after = [], [], []
+            self._counters.rehearsed_misses += self._counters.misses - missed
+            self._notes = []
+            self._outputs, self._after = [None] * self._count, [[]] * self._count
             for run in self._runs:
                 run.note = None
+                run.known.clear()
                 run.release()
 
     def _takes(self, rows: int) -> bool:
@@ -130,74 +168,91 @@ class Rehearsal:
         """A decoder layer's call."""
         if not self._running:
             return call()
-        caches = [c for a in arguments if id(a) in self._known for c in leaves([a])]
+        if index == self._stop:
+            raise _Enough
         if index < self._first:
             for thing, place, state in self._after[index]:
                 restore(thing, state)
                 if place is not None and arguments[place] is not thing:  # another in every pass
                     restore(arguments[place], state)
             return self._outputs[index]
-        if not self._noting:
-            for one in caches:
-                forget(one)
-            return call()
+        caches = [c for a in arguments if id(a) in self._known for c in leaves([a])]
+        for one in caches:
+            forget(one)
+        truly = index < self._first + self._truly
+        for run in self._runs:
+            run.note = None if truly else self._take
         self._at = index
         y = call()
-        self._outputs.append(y)
+        self._outputs[index] = y
         # what else a layer is given it may change too (kimi_k3's residual blocks, deepseek_v41's
         # dictionary of what layers share)
         numbered = enumerate(arguments)
         others = [(a, i) for i, a in numbered if id(a) not in self._known and _holds(a)]
         things = [*((c, None) for c in caches), *others]
-        self._after.append([(thing, place, save(thing)) for thing, place in things])
+        self._after[index] = [(thing, place, save(thing)) for thing, place in things]
         return y
 
-    def _pass(self, forward: Callable[[], Any], rows: int, caches: list[Any], cache: Any) -> Any:
+    def _take(self, note: Note) -> None:
+        self._notes.append((self._at, note))
+
+    def _pass(
+        self, forward: Callable[[], Any], rows: int, span: int, caches: list[Any], cache: Any
+    ) -> Any:
         self._known = {id(c) for c in (*cache, *caches)}
         before = [(c, save(c)) for c in caches]
-        began = time.perf_counter()
-        y = self._rehearse(forward)
-        if (watch := self._runs[0].watch) is not None:
-            watch.step("rehearse", rows, time.perf_counter() - began)
-        if not self._notes:
-            return y
-        named = [(at, note, note.run.named(note)) for at, note in self._notes]
-        layers = (at for at, _, (_, absent) in named if len(absent))
-        first = min(layers, default=len(self._outputs))
-        for at, note, (hits, _) in named:
-            if at < first:
-                note.run.settled(note, hits)
-        self._counters.exact_layers += first
-        if first == len(self._outputs):
-            return y
-        del y
-        missed = self._counters.misses
-        self._fetch([(at - first, n, found) for at, n, found in named if at >= first], rows)
-        for one, state in before:
-            restore(one, state)
-        self._first = first
-        y = forward()
-        self._counters.rehearsed_misses += self._counters.misses - missed
-        return y
+        self._first, self._truly = 0, False
+        while True:
+            began = time.perf_counter()
+            self._stop = self._first + self._truly + span
+            self._notes = []
+            y, ended = None, True
+            try:
+                y = forward()
+            except _Enough:
+                ended = False
+            first = self._settle(began, rows, ended)
+            if ended and first == self._count:
+                return y
+            del y
+            for one, state in before:
+                restore(one, state)
+            self._first = first
 
-    def _rehearse(self, forward: Callable[[], Any]) -> Any:
-        """Run with what is resident, and read back what was chosen."""
-        for run in self._runs:
-            run.note = lambda note: self._notes.append((self._at, note))
-        self._noting = True
-        y = forward()
-        self._noting = False
+    def _settle(self, began: float, rows: int, ended: bool) -> int:
+        """Read back what was rehearsed, keep what was right and fetch what was not.
+
+        Returns the first layer that is not yet done.
+        """
         for run in self._runs:
             run.note = None
+        last = self._count if ended else self._stop
         if self._notes:
             mx.eval([note.indices for _, note in self._notes])
             self._counters.syncs += 1
             self._counters.rehearsals += 1
-        return y
+            if (watch := self._runs[0].watch) is not None:
+                watch.step("rehearse", rows, time.perf_counter() - began)
+        named = [(at, note, note.run.named(note)) for at, note in self._notes]
+        first = min((at for at, _, (_, absent) in named if len(absent)), default=last)
+        for at, note, (hits, _) in named:
+            if at < first:
+                note.run.settled(note, hits)
+                note.run.passed(note.layer)
+        self._counters.exact_layers += first - self._first - self._truly
+        self._truly = first < last
+        if self._truly:
+            for at, note, (_, absent) in named:
+                if at == first:
+                    note.run.known[note.layer] = np.array(note.indices)
+                    if len(absent):
+                        break  # what the layer chose after this rests on an absent expert
+            self._fetch([(at - first, n, found) for at, n, found in named if at >= first], rows)
+        for run in self._runs:
+            run.arrived()
+        return first
 
-    def _fetch(
-        self, named: list[tuple[int, Note, tuple[np.ndarray, np.ndarray]]], rows: int
-    ) -> None:
+    def _fetch(self, named: list[tuple[int, Note, tuple[list[int], list[int]]]], rows: int) -> None:
         for _, note, (hits, _) in named:
             note.run.pool.expect(note.layer, hits)
         kept: Counter[int] = Counter()
@@ -207,7 +262,12 @@ class Rehearsal:
             run = note.run
             # a layer's own experts must fit besides, and what was named stays
             spare = run.pool.slots - max(kept[id(run)], rows * self._top_k)
-            run.prefetch(note.layer, absent, ahead, max(0, spare - run.ahead.held))
+            deadline = ahead and self._stop + ahead
+            run.prefetch(note.layer, absent, deadline, max(0, spare - run.ahead.held))
+
+
+class _Enough(Exception):
+    """As many layers as were asked for have run."""
 
 
 def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[Any] | None:

@@ -66,10 +66,10 @@ def parser() -> Parser:
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
     p.add_argument(
         "--executor",
-        choices=("auto", "layerwise", "rehearse"),
+        choices=("auto", "layerwise", "lookahead", "rehearse"),
         default="layerwise",
-        help="stop at every layer for its experts, or rehearse a pass to learn them all first "
-        "(auto: whichever is measured faster)",
+        help="stop at every layer for its experts, or run two layers, or all, with what is "
+        "resident, to learn what to read (auto: whichever is measured faster)",
     )
     p.add_argument(
         "--disk",

@@ -40,7 +40,7 @@ def parser() -> Parser:
     p = Parser(prog="rehearsal_table", description="Compare executors on an imitated disk.")
     p.add_argument("models", nargs="+", type=Path)
     p.add_argument("--pools", default="75,50,25,12", help="%% of experts in memory")
-    p.add_argument("--disks", default="0.5,1.5,5", help="GB/s")
+    p.add_argument("--disks", default="0.5,1.5,5", help="GB/s; 0: as it comes")
     p.add_argument("--tokens", type=number(8, 4096, int), default=32)
     p.add_argument("--rounds", type=number(1, 100, int), default=2)
     p.add_argument("--mtp", type=number(0, 8, int), default=0)
@@ -58,14 +58,15 @@ def main(argv: list[str] | None = None) -> int:
         for pool in map(int, args.pools.split(",")):
             for disk in map(float, args.disks.split(",")):
                 ways = [
-                    _Turns(path, total * pool // 100, e, disk * 1e9, args)
+                    _Turns(path, total * pool // 100, e, disk * 1e9 or None, args)
                     for e in ("layerwise", *(e for e in EXECUTORS if e != "layerwise"))
                 ]
                 for _ in range(args.rounds + 1):
                     for way in ways:
                         way.turn()
+                rate = disk * 1e9 or float("inf")
                 for way in ways:
-                    print(_row(pool, disk, way, ways[0], whole), flush=True)
+                    print(_row(pool, rate, way, ways[0], whole), flush=True)
     return 0
 
 
@@ -142,13 +143,13 @@ def _now(counters: Any, store: Any) -> tuple[int, ...]:
     )
 
 
-def _row(pool: int, disk: float, way: _Turns, base: _Turns, whole: float) -> str:
+def _row(pool: int, rate: float, way: _Turns, base: _Turns, whole: float) -> str:
     tokens = (way._count - 1) * (len(way.rates) - 1)
-    ideal = max(whole, way.misses / tokens * way.size / (disk * 1e9))
+    ideal = max(whole, way.misses / tokens * way.size / rate)
     cells = [
         f"{way.size / 1e6:.2f} MB",
         f"{pool}%",
-        f"{disk:g}",
+        f"{rate / 1e9:g} GB/s",
         way.executor,
         f"{way.rate:.1f}",
         f"{way.rate / base.rate:.2f}",
@@ -156,7 +157,7 @@ def _row(pool: int, disk: float, way: _Turns, base: _Turns, whole: float) -> str
         _share(way.recall),
         _share(way.precision),
         f"{way.misses / tokens:.1f}",
-        f"{way.bytes / (disk * 1e9) / way.seconds:.0%}",
+        f"{way.bytes / rate / way.seconds:.0%}",
         f"{ideal * way.rate:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
