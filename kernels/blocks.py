@@ -11,7 +11,10 @@ code, which is also the reference. Rows give the same bits whatever comes with t
 from __future__ import annotations
 
 import math
+import operator
 import sys
+import weakref
+from collections.abc import Callable
 from functools import cache as memo
 from typing import Any
 
@@ -170,9 +173,9 @@ def moe(self: nn.Module, x: mx.array) -> mx.array:
         return MLXLM["moe"](self, x)
     native = backend.native()
     assert native is not None
-    groups = _groups(self, x.size // x.shape[-1])
-    if groups is not None:
-        return native.moe(x, *groups, k=self.top_k, normalize=self.norm_topk_prob)
+    whole = _whole(self, x.size // x.shape[-1], None)
+    if whole is not None:
+        return whole(x)
     logits, opening = products(x, self.gate, self.shared_expert_gate)
     chosen, scores = native.route(logits, k=self.top_k, normalize=self.norm_topk_prob)
     y = self.switch_mlp(x, chosen)
@@ -185,10 +188,37 @@ def group(*layers: nn.Module) -> tuple[Any, ...] | None:
     return None if form is None else ([arrays(layer) for layer in layers], *form)
 
 
-def _groups(self: nn.Module, rows: int) -> list[tuple[Any, ...]] | None:
-    """Weights and form of the routers, experts and shared expert, if one operation takes them all.
+# Ops with their weights bound, by the module they are made of; each with the arrays it has.
+_kept: dict[int, tuple[weakref.ref[Any], list[Any], Any]] = {}
 
-    Not where experts are paged: what was chosen is read back there.
+
+def kept(owner: nn.Module, key: list[Any], make: Callable[[], Any]) -> Any:
+    """make(), or what it gave for this module while the arrays in `key` were the same ones.
+
+    An op whose weights have yet to be evaluated is not kept: it would hold what they come from.
+    """
+    found = _kept.get(id(owner))
+    if found is not None and len(found[1]) == len(key) and all(map(operator.is_, found[1], key)):
+        return found[2]
+    op = make()
+    if op is not None and op.kept:
+        number = id(owner)
+        _kept[number] = (weakref.ref(owner, lambda _: _kept.pop(number, None)), key, op)
+    return op
+
+
+def _parts(*layers: nn.Module) -> list[Any]:
+    """All arrays of layers: an op made of the same ones is the same op."""
+    found: list[Any] = []
+    for layer in layers:
+        found += (layer["weight"], layer.get("scales"), layer.get("biases"))
+    return found
+
+
+def _whole(self: nn.Module, rows: int, norm: nn.Module | None) -> Any:
+    """A block of experts as one op, with the norm before it and the sum after it if given.
+
+    None where experts are paged, as what was chosen is read back there, or without a kernel.
     """
     # Items, not attributes: a module looks attributes up in Python.
     switch, shared = self["switch_mlp"], self["shared_expert"]
@@ -196,19 +226,30 @@ def _groups(self: nn.Module, rows: int) -> list[tuple[Any, ...]] | None:
         return None
     if type(switch.activation) is not switch_layers.SwiGLU:
         return None
-    groups: list[tuple[Any, ...]] = []
-    for layers in (
+    parts = (
         (self["gate"], self["shared_expert_gate"]),
         (switch["gate_proj"], switch["up_proj"], switch["down_proj"]),
         (shared["gate_proj"], shared["up_proj"], shared["down_proj"]),
-    ):
-        found = group(*layers)
-        if found is None:
+    )
+    width = self.top_k * parts[1][0]["weight"].shape[-2] + parts[2][0]["weight"].shape[-2]
+    if not 0 < rows * width <= FUSED_FLOATS:
+        return None
+    key = _parts(*parts[0], *parts[1], *parts[2])
+    if norm is not None:
+        key.append(norm["weight"])
+
+    def make() -> Any:
+        groups = [group(*layers) for layers in parts]
+        if None in groups:
             return None
-        groups.append(found)
-    experts, shared_width = (layer["gate_proj"]["weight"].shape[-2] for layer in (switch, shared))
-    width = self.top_k * experts + shared_width
-    return groups if 0 < rows * width <= FUSED_FLOATS else None
+        before = None if norm is None else (norm["weight"], norm.eps)
+        wide = parts[1][2]["weight"].shape[-2]
+        return backend.native().Moe(  # type: ignore[union-attr]
+            wide, *groups, k=self.top_k, normalize=self.norm_topk_prob, norm=before
+        )
+
+    # By its norm where there is one: the same block has both forms.
+    return kept(self if norm is None else norm, key, make)
 
 
 def norm(self: nn.Module, hidden_states: mx.array, gate: mx.array | None = None) -> mx.array:
@@ -302,15 +343,9 @@ def layer(
     h = half(self, x, mask, cache)
     block, norm = self["mlp"], self["post_attention_layernorm"]
     if type(block) is qwen3_next.Qwen3NextSparseMoeBlock and block.sharding_group is None:
-        groups = _groups(block, x.size // x.shape[-1])
-        if groups is not None and float32(norm["weight"]):
-            return backend.native().moe(  # type: ignore[union-attr,no-any-return]
-                h,
-                *groups,
-                k=block.top_k,
-                normalize=block.norm_topk_prob,
-                norm=(norm["weight"], norm.eps),
-            )
+        whole = _whole(block, x.size // x.shape[-1], norm) if float32(norm["weight"]) else None
+        if whole is not None:
+            return whole(h)
     return h + block(norm(h))
 
 
@@ -319,12 +354,8 @@ def delta_half(self: nn.Module, x: mx.array, mask: mx.array | None, cache: Any) 
     net, norm = self["linear_attn"], self["input_layernorm"]
     plain = mask is None and cache is not None and cache.lengths is None
     known = plain and type(net) is qwen3_5.GatedDeltaNet and net.head_k_dim in KEY_WIDTHS
-    ins = outs = None
-    if known and net.sharding_group is None:
-        ins = group(net["in_proj_qkv"], net["in_proj_z"], net["in_proj_b"], net["in_proj_a"])
-        outs = group(net["out_proj"])
-    taps, gain = net["conv1d"]["weight"], net["norm"]
-    if ins is None or outs is None or not float32(norm["weight"], taps, gain["weight"]):
+    whole = _whole_delta(net, norm) if known and net.sharding_group is None else None
+    if whole is None:
         return x + net(norm(x), mask, cache)
     global _told
     B, T, _ = x.shape
@@ -335,22 +366,7 @@ def delta_half(self: nn.Module, x: mx.array, mask: mx.array | None, cache: Any) 
         state = mx.zeros((B, net.num_v_heads, net.head_v_dim, net.head_k_dim))
     # Whoever keeps a tape watches the cache, the convolution and the rule: see mtp/rollback.
     taped = type(cache) is not ArraysCache or qwen3_5.gated_delta_update is not gated_delta_update
-    h, after, moved, *tape = backend.native().delta_layer(  # type: ignore[union-attr]
-        x,
-        (norm["weight"], norm.eps),
-        ins,
-        outs,
-        taps,
-        net["A_log"],
-        net["dt_bias"],
-        (gain["weight"], gain.eps),
-        before,
-        state,
-        key_heads=net.num_k_heads,
-        key_width=net.head_k_dim,
-        value_heads=net.num_v_heads,
-        taped=taped,
-    )
+    h, after, moved, *tape = whole(x, before, state, taped)
     if taped:
         q, k, v, a, b, qkv = tape
         net["conv1d"](mx.concatenate([before, qkv], axis=1))
@@ -364,6 +380,31 @@ def delta_half(self: nn.Module, x: mx.array, mask: mx.array | None, cache: Any) 
     cache[0], cache[1] = after, moved
     cache.advance(T)
     return h
+
+
+def _whole_delta(net: nn.Module, norm: nn.Module) -> Any:
+    """A norm, a gated delta net and the sum with what came in, as one op; None without a kernel."""
+    ins = net["in_proj_qkv"], net["in_proj_z"], net["in_proj_b"], net["in_proj_a"]
+    out, taps, gain = net["out_proj"], net["conv1d"]["weight"], net["norm"]
+    own = [norm["weight"], taps, net["A_log"], net["dt_bias"], gain["weight"]]
+
+    def make() -> Any:
+        groups = group(*ins), group(out)
+        if None in groups or not float32(*own):
+            return None
+        return backend.native().DeltaLayer(  # type: ignore[union-attr]
+            (norm["weight"], norm.eps),
+            *groups,
+            taps,
+            net["A_log"],
+            net["dt_bias"],
+            (gain["weight"], gain.eps),
+            key_heads=net.num_k_heads,
+            key_width=net.head_k_dim,
+            value_heads=net.num_v_heads,
+        )
+
+    return kept(net, own + _parts(*ins, out), make)
 
 
 def attention_half(self: nn.Module, x: mx.array, mask: Any, cache: Any) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ def test_one_operation_has_the_bits_of_many(
 ) -> None:
     layer = made(qwen3_next.Qwen3NextSparseMoeBlock, form, text_args())
     x = normal(1, 5, 128)
-    assert blocks._groups(layer, 5) is not None
+    assert blocks._whole(layer, 5, None) is not None
     y = layer(x)
-    monkeypatch.setattr(blocks, "_groups", lambda *_: None)
+    monkeypatch.setattr(blocks, "_whole", lambda *_: None)
     assert mx.array_equal(layer(x), y)
 
 
@@ -301,6 +302,27 @@ def test_what_does_not_fit_a_layer_is_refused() -> None:
     assert native.attention_output(x, y, gates, out).shape == x.shape
     with pytest.raises(ValueError, match="attention_output: "):
         native.attention_output(x, y, gates[..., :64], out)
+    whole = blocks._whole(layer.mlp, 2, layer.post_attention_layernorm)
     with pytest.raises(ValueError, match="moe: "):
-        groups = blocks._groups(layer.mlp, 2)
-        native.moe(x, *groups, k=3, normalize=True, norm=(mx.ones(64), 1e-6))
+        whole(x[..., :64])
+
+
+def test_an_op_is_kept_while_its_arrays_are_the_same() -> None:
+    layer = made(qwen3_5.DecoderLayer, FORMS[0], text_args(), 0)
+    net, norm, x = layer.linear_attn, layer.input_layernorm, normal(1, 1, 128)
+    op = blocks._whole_delta(net, norm)
+    assert op.kept and blocks._whole_delta(net, norm) is op
+    before = layer(x, None, ArraysCache(size=2))
+    net.norm.weight = net.norm.weight * 2.0  # not yet evaluated: not kept
+    changed = blocks._whole_delta(net, norm)
+    assert changed is not op and not changed.kept
+    y = layer(x, None, ArraysCache(size=2))
+    assert not mx.array_equal(y, before)
+    mx.eval(net.norm.weight)
+    assert blocks._whole_delta(net, norm).kept
+    assert mx.array_equal(layer(x, None, ArraysCache(size=2)), y)
+    number = id(net)
+    assert number in blocks._kept
+    del layer, net, norm
+    gc.collect()
+    assert number not in blocks._kept

@@ -66,25 +66,14 @@ class Inputs {
   std::vector<std::shared_ptr<char>> copies_;
 };
 
-} // namespace
-
-std::vector<mx::array> delta_layer(
-    const mx::array& x,
-    const Norm& norm,
-    const DeltaNet& net,
-    const mx::array& before,
-    const mx::array& state,
-    bool taped,
-    mx::StreamOrDevice stream) {
-  check_float(
-      {x, before, state, net.taps, net.a_log, net.dt_bias, net.gain},
-      "delta_layer: everything must be float32");
-  check(x.ndim() == 3 && before.ndim() == 3 && net.taps.ndim() == 3 && state.ndim() == 4,
+Bound bound_delta(const Norm& norm, const DeltaNet& net) {
+  check_float({net.taps, net.a_log, net.dt_bias, net.gain}, "delta_layer: everything must be float32");
+  check(norm.weight.ndim() == 1 && net.taps.ndim() == 3 && net.gain.ndim() == 1,
         "delta_layer: wrong axes");
-  const int B = x.shape(0), T = x.shape(1), D = x.shape(2), Hv = net.value_heads,
-            Dv = state.shape(2), keys = net.key_heads * net.key_width, values = Hv * Dv,
-            C = 2 * keys + values, taps = net.taps.shape(1);
-  check_norm(norm, D, "delta_layer: the norm doesn't fit x");
+  const int D = norm.weight.shape(0), Hk = net.key_heads, Dk = net.key_width, Hv = net.value_heads,
+            Dv = net.gain.shape(0), keys = Hk * Dk, values = Hv * Dv, C = 2 * keys + values,
+            taps = net.taps.shape(1);
+  check_norm(norm, D, "delta_layer: the norm must be float32");
   const auto in = matrices_of(net.in, {D, D, D, D}, "delta_layer: there must be qkv, z, b and a");
   const auto out = matrices_of(net.out, {values}, "delta_layer: there must be one output product");
   check(
@@ -92,22 +81,22 @@ std::vector<mx::array> delta_layer(
           out[0].A.N == D,
       "delta_layer: the products don't fit the heads");
   check(taps >= 2 && taps <= max_taps, "delta_layer: no kernel for so many taps");
-  check(net.taps.shape() == mx::Shape{C, taps, 1}, "delta_layer: the taps don't fit x");
-  check(before.shape() == mx::Shape{B, taps - 1, C}, "delta_layer: the convolution's state doesn't fit");
+  check(net.taps.shape() == mx::Shape{C, taps, 1}, "delta_layer: the taps don't fit");
   check(
-      net.a_log.shape() == mx::Shape{Hv} && net.dt_bias.shape() == mx::Shape{Hv} &&
-          net.gain.shape() == mx::Shape{Dv},
-      "delta_layer: a_log, dt_bias or the gated norm doesn't fit");
-  const Heads heads = heads_of({B, T, net.key_heads, net.key_width}, {B, T, Hv, Dv}, state.shape());
-  const Convolved sizes{B, T, taps, net.key_heads, net.key_width, values, 1e-6f};
-  Arrays inputs{x, norm.weight, before, state, net.taps, net.a_log, net.dt_bias, net.gain};
+      net.a_log.shape() == mx::Shape{Hv} && net.dt_bias.shape() == mx::Shape{Hv},
+      "delta_layer: a_log or dt_bias doesn't fit");
+  Arrays weights{norm.weight, net.taps, net.a_log, net.dt_bias, net.gain};
   for (const Alike* all : {&net.in, &net.out}) {
-    for (const Weight& weight : all->weights) append(inputs, weight);
+    for (const Weight& weight : all->weights) append(weights, weight);
   }
   auto body = [=, eps = norm.eps, gain_eps = net.gain_eps](const Arrays& given, Arrays& made) {
+    const int B = given[0].shape(0), T = given[0].shape(1);
+    const bool taped = made.size() > 3;
+    const Heads heads = heads_of({B, T, Hk, Dk}, {B, T, Hv, Dv}, {B, Hv, Dv, Dk});
+    const Convolved sizes{B, T, taps, Hk, Dk, values, 1e-6f};
     Inputs next(given);
-    const float *x = next.floats(), *w = next.floats(), *before = next.floats(),
-                *state = next.floats(), *taps_of = next.floats(), *a_log = next.floats(),
+    const float *x = next.floats(), *before = next.floats(), *state = next.floats(),
+                *w = next.floats(), *taps_of = next.floats(), *a_log = next.floats(),
                 *dt_bias = next.floats(), *gain = next.floats();
     std::vector<Matrix> A;
     for (const Experts& one : in) A.push_back(next.matrix(one));
@@ -139,23 +128,43 @@ std::vector<mx::array> delta_layer(
     multiply_all({last}, z, rows, {y});
     add_rows(x, rows * D, y);
   };
+  return {body, std::move(weights)};
+}
+
+} // namespace
+
+DeltaLayer::DeltaLayer(const Norm& norm, const DeltaNet& net)
+    : D_(norm.weight.size()),
+      Hk_(net.key_heads),
+      Dk_(net.key_width),
+      Hv_(net.value_heads),
+      Dv_(net.gain.size()),
+      taps_(net.taps.ndim() == 3 ? net.taps.shape(1) : 0),
+      run_(bound_delta(norm, net)) {}
+
+std::vector<mx::array> DeltaLayer::operator()(
+    const mx::array& x,
+    const mx::array& before,
+    const mx::array& state,
+    bool taped,
+    mx::StreamOrDevice stream) const {
+  check_float({x, before, state}, "delta_layer: everything must be float32");
+  check(x.ndim() == 3 && x.shape(2) == D_, "delta_layer: x doesn't fit");
+  const int B = x.shape(0), T = x.shape(1), C = 2 * Hk_ * Dk_ + Hv_ * Dv_;
+  check(before.shape() == mx::Shape{B, taps_ - 1, C}, "delta_layer: the convolution's state doesn't fit");
+  heads_of({B, T, Hk_, Dk_}, {B, T, Hv_, Dv_}, state.shape());
   std::vector<mx::Shape> shapes{x.shape(), before.shape(), state.shape()};
   if (taped) {
     shapes.insert(
         shapes.end(),
-        {{B, T, net.key_heads, net.key_width},
-         {B, T, net.key_heads, net.key_width},
-         {B, T, Hv, Dv},
-         {B, T, Hv},
-         {B, T, Hv},
+        {{B, T, Hk_, Dk_},
+         {B, T, Hk_, Dk_},
+         {B, T, Hv_, Dv_},
+         {B, T, Hv_},
+         {B, T, Hv_},
          {B, T, C}});
   }
-  std::vector<mx::Dtype> types(shapes.size(), mx::float32);
-  return mx::array::make_arrays(
-      std::move(shapes),
-      types,
-      std::make_shared<Step>(mx::to_stream(stream), "StreamerDeltaLayer", body),
-      std::move(inputs));
+  return run_("StreamerDeltaLayer", {x, before, state}, std::move(shapes), stream);
 }
 
 std::vector<mx::array> attention_inputs(

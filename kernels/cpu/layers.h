@@ -15,16 +15,26 @@ struct DeltaNet {
   int key_heads, key_width, value_heads;
 };
 
-// Gives [B, T, D], the convolution's new state and the rule's; then, `taped`, what the rule was
-// given: q, k, v, a, b as for delta_update(), and qkv [B, T, C].
-std::vector<mx::array> delta_layer(
-    const mx::array& x,
-    const Norm& norm,
-    const DeltaNet& net,
-    const mx::array& before,
-    const mx::array& state,
-    bool taped,
-    mx::StreamOrDevice stream);
+class DeltaLayer {
+ public:
+  DeltaLayer(const Norm& norm, const DeltaNet& net);
+
+  bool kept() const {
+    return run_.kept();
+  }
+  // Gives [B, T, D], the convolution's new state and the rule's; then, `taped`, what the rule was
+  // given: q, k, v, a, b as for delta_update(), and qkv [B, T, C].
+  std::vector<mx::array> operator()(
+      const mx::array& x,
+      const mx::array& before,
+      const mx::array& state,
+      bool taped,
+      mx::StreamOrDevice stream) const;
+
+ private:
+  int D_, Hk_, Dk_, Hv_, Dv_, taps_;
+  Bound run_;
+};
 
 // x [B, T, D] -> queries [B, H, T, W], keys and values [B, Hk, T, W], gates [B, T, H W]: the products
 // of rms_norm(x) with q [2 H W, D] (a query and a gate for each head), k and v [Hk W, D]; queries and

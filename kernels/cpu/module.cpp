@@ -192,56 +192,57 @@ NB_MODULE(native, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "sum_k y[..., k, D] * scores[..., k], plus sigmoid(gate [..., 1]) * shared [..., D].");
-  m.def(
-      "moe",
-      [](const mlx::core::array& x, const Group& routers, const Group& experts, const Group& shared,
-         int k, bool normalize, const std::optional<NormOf>& norm,
-         mlx::core::StreamOrDevice stream) {
-        std::optional<streamer::Norm> before;
-        if (norm) before = norm_of(*norm);
-        return streamer::moe(
-            x, alike(routers), alike(experts), alike(shared), k, normalize, before, stream);
-      },
-      "x"_a,
-      "routers"_a,
-      "experts"_a,
-      "shared"_a,
-      nb::kw_only(),
-      "k"_a,
-      "normalize"_a,
-      "norm"_a = nb::none(),
-      "stream"_a = nb::none(),
+  nb::class_<streamer::Moe>(
+      m, "Moe",
       "A block of experts: route, gather_swiglu, a shared expert and combine in one; with a norm "
-      "(weight, eps) x + moe(rms_norm(x)).");
-  m.def(
-      "delta_layer",
-      [](const mlx::core::array& x, const NormOf& norm, const Group& in, const Group& out,
-         const mlx::core::array& taps, const mlx::core::array& a_log,
-         const mlx::core::array& dt_bias, const NormOf& gain, const mlx::core::array& before,
-         const mlx::core::array& state, int key_heads, int key_width, int value_heads, bool taped,
-         mlx::core::StreamOrDevice stream) {
-        const streamer::DeltaNet net{
-            alike(in), alike(out), taps, a_log, dt_bias, std::get<0>(gain), std::get<1>(gain),
-            key_heads, key_width, value_heads};
-        return streamer::delta_layer(x, norm_of(norm), net, before, state, taped, stream);
-      },
-      "x"_a,
-      "norm"_a,
-      "inputs"_a,
-      "output"_a,
-      "taps"_a,
-      "a_log"_a,
-      "dt_bias"_a,
-      "gain"_a,
-      "before"_a,
-      "state"_a,
-      nb::kw_only(),
-      "key_heads"_a,
-      "key_width"_a,
-      "value_heads"_a,
-      "taped"_a = false,
-      "stream"_a = nb::none(),
-      "x + gated delta net of rms_norm(x): the sum, both states; taped, also q, k, v, a, b, qkv.");
+      "(weight, eps) x + moe(rms_norm(x)).")
+      .def(
+          "__init__",
+          [](streamer::Moe* self, int width, const Group& routers, const Group& experts,
+             const Group& shared, int k, bool normalize, const std::optional<NormOf>& norm) {
+            std::optional<streamer::Norm> before;
+            if (norm) before = norm_of(*norm);
+            new (self) streamer::Moe(
+                width, alike(routers), alike(experts), alike(shared), k, normalize, before);
+          },
+          "width"_a,
+          "routers"_a,
+          "experts"_a,
+          "shared"_a,
+          nb::kw_only(),
+          "k"_a,
+          "normalize"_a,
+          "norm"_a = nb::none())
+      .def_prop_ro("kept", &streamer::Moe::kept, "Whether it may be kept: all weights are there.")
+      .def("__call__", &streamer::Moe::operator(), "x"_a, "stream"_a = nb::none());
+  nb::class_<streamer::DeltaLayer>(
+      m, "DeltaLayer", "x + gated delta net of rms_norm(x), with a tape's arrays if asked for.")
+      .def(
+          "__init__",
+          [](streamer::DeltaLayer* self, const NormOf& norm, const Group& in, const Group& out,
+             const mlx::core::array& taps, const mlx::core::array& a_log,
+             const mlx::core::array& dt_bias, const NormOf& gain, int key_heads, int key_width,
+             int value_heads) {
+            new (self) streamer::DeltaLayer(
+                norm_of(norm),
+                {alike(in), alike(out), taps, a_log, dt_bias, std::get<0>(gain), std::get<1>(gain),
+                 key_heads, key_width, value_heads});
+          },
+          "norm"_a,
+          "inputs"_a,
+          "output"_a,
+          "taps"_a,
+          "a_log"_a,
+          "dt_bias"_a,
+          "gain"_a,
+          nb::kw_only(),
+          "key_heads"_a,
+          "key_width"_a,
+          "value_heads"_a)
+      .def_prop_ro("kept", &streamer::DeltaLayer::kept)
+      .def(
+          "__call__", &streamer::DeltaLayer::operator(), "x"_a, "before"_a, "state"_a,
+          "taped"_a = false, "stream"_a = nb::none());
   m.def(
       "attention_inputs",
       [](const mlx::core::array& x, const NormOf& norm, const Group& projections,

@@ -15,22 +15,18 @@ std::vector<Experts> stacks_of(const Alike& all, const std::vector<int>& columns
   return out;
 }
 
-} // namespace
-
-mx::array moe(
-    const mx::array& x,
+Bound bound_moe(
+    int D,
     const Alike& routers,
     const Alike& experts,
     const Alike& shared,
     int k,
     bool normalize,
-    const std::optional<Norm>& norm,
-    mx::StreamOrDevice stream) {
-  check(x.ndim() >= 1 && x.dtype() == mx::float32, "moe: x must be float32");
+    const std::optional<Norm>& norm) {
   check(
       routers.weights.size() == 2 && experts.weights.size() == 3 && shared.weights.size() == 3,
       "moe: there must be two routers, and gate, up and down twice");
-  const int D = x.shape(-1), S = experts.weights[0].w.shape(0), I = experts.weights[0].w.shape(1),
+  const int S = experts.weights[0].w.shape(0), I = experts.weights[0].w.shape(1),
             J = shared.weights[0].w.shape(0);
   const auto r = stacks_of(routers, {D, D}), e = stacks_of(experts, {D, D, I}),
              s = stacks_of(shared, {D, D, J});
@@ -39,14 +35,14 @@ mx::array moe(
     for (const Experts& one : *three) check(one.slots == slots, "moe: slots don't fit together");
     check((*three)[1].A.N == inner && (*three)[2].A.N == D, "moe: gate, up and down don't fit");
   }
-  Arrays inputs{x};
+  Arrays weights;
   for (const Alike* all : {&routers, &experts, &shared}) {
-    for (const Weight& weight : all->weights) append(inputs, weight);
+    for (const Weight& weight : all->weights) append(weights, weight);
   }
   if (norm) {
     check_float({norm->weight}, "moe: the norm must be float32");
     check(norm->weight.shape() == mx::Shape{D}, "moe: the norm doesn't fit x");
-    inputs.push_back(norm->weight);
+    weights.push_back(norm->weight);
   }
   auto body = [=, normed = norm.has_value(), epsilon = norm ? norm->eps : 0.0f](
                   const Arrays& in, Arrays& out) {
@@ -79,11 +75,24 @@ mx::array moe(
     combine_rows(y.data(), scores.data(), others, opening.data(), R, k, D, to);
     if (normed) add_rows(from, int64_t(R) * D, to);
   };
-  return mx::array(
-      x.shape(),
-      mx::float32,
-      std::make_shared<Step>(mx::to_stream(stream), "StreamerMoe", body),
-      std::move(inputs));
+  return {body, std::move(weights)};
+}
+
+} // namespace
+
+Moe::Moe(
+    int D,
+    const Alike& routers,
+    const Alike& experts,
+    const Alike& shared,
+    int k,
+    bool normalize,
+    const std::optional<Norm>& norm)
+    : D_(D), run_(bound_moe(D, routers, experts, shared, k, normalize, norm)) {}
+
+mx::array Moe::operator()(const mx::array& x, mx::StreamOrDevice stream) const {
+  check(x.ndim() >= 1 && x.dtype() == mx::float32 && x.shape(-1) == D_, "moe: x doesn't fit");
+  return run_("StreamerMoe", {x}, {x.shape()}, stream)[0];
 }
 
 } // namespace streamer

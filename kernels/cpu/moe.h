@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear.h"
+#include "step.h"
 
 namespace streamer {
 
@@ -21,14 +22,24 @@ struct Norm {
 // x [..., D] -> [..., D]: combine() of the k experts that route() chose and of the shared expert.
 // routers: of the experts [S, D], and of the shared one [1, D]; experts: gate, up [S, I, D], down
 // [S, D, I]; shared: gate, up [J, D], down [D, J]. With a norm: x + moe(rms_norm(x)).
-mx::array moe(
-    const mx::array& x,
-    const Alike& routers,
-    const Alike& experts,
-    const Alike& shared,
-    int k,
-    bool normalize,
-    const std::optional<Norm>& norm,
-    mx::StreamOrDevice stream);
+class Moe {
+ public:
+  Moe(int D,
+      const Alike& routers,
+      const Alike& experts,
+      const Alike& shared,
+      int k,
+      bool normalize,
+      const std::optional<Norm>& norm);
+
+  bool kept() const {
+    return run_.kept();
+  }
+  mx::array operator()(const mx::array& x, mx::StreamOrDevice stream) const;
+
+ private:
+  int D_;
+  Bound run_;
+};
 
 } // namespace streamer

@@ -21,6 +21,34 @@ void Step::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       [in = std::move(in), out = std::move(out), body = body_]() mutable { body(in, out); });
 }
 
+Bound::Bound(Step::Body body, Arrays weights) : weights_(std::move(weights)), kept_(true) {
+  for (const mx::array& a : weights_) kept_ = kept_ && a.is_available();
+  if (!kept_) {
+    body_ = std::make_shared<const Step::Body>(std::move(body));
+    return;
+  }
+  body_ = std::make_shared<const Step::Body>(
+      [body = std::move(body), weights = weights_](const Arrays& in, Arrays& out) {
+        Arrays all;
+        all.reserve(in.size() + weights.size());
+        all.insert(all.end(), in.begin(), in.end());
+        all.insert(all.end(), weights.begin(), weights.end());
+        body(all, out);
+      });
+}
+
+Arrays Bound::operator()(
+    const char* name, Arrays inputs, std::vector<mx::Shape> shapes, mx::StreamOrDevice stream) const {
+  if (!kept_) inputs.insert(inputs.end(), weights_.begin(), weights_.end());
+  std::vector<mx::Dtype> types(shapes.size(), mx::float32);
+  auto body = [body = body_](const Arrays& in, Arrays& out) { (*body)(in, out); };
+  return mx::array::make_arrays(
+      std::move(shapes),
+      types,
+      std::make_shared<Step>(mx::to_stream(stream), name, std::move(body)),
+      std::move(inputs));
+}
+
 void Step::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error("this kernel runs on the CPU only");
 }

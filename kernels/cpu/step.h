@@ -33,6 +33,28 @@ class Step : public mx::Primitive {
   Body body_;
 };
 
+// A body and the arrays that it takes after those that change from call to call. Where they have
+// been evaluated already they are no inputs of the op: the graph is smaller by them.
+class Bound {
+ public:
+  Bound(Step::Body body, std::vector<mx::array> weights);
+
+  // Whether the weights are no inputs: an op that is kept then holds nothing but what is there.
+  bool kept() const {
+    return kept_;
+  }
+  std::vector<mx::array> operator()(
+      const char* name,
+      std::vector<mx::array> inputs,
+      std::vector<mx::Shape> shapes,
+      mx::StreamOrDevice stream) const;
+
+ private:
+  std::shared_ptr<const Step::Body> body_;
+  std::vector<mx::array> weights_;
+  bool kept_;
+};
+
 // x [..., n], weight [n] or none -> x * scale / sqrt(mean(x^2) + eps) * weight.
 mx::array rms_norm(
     const mx::array& x,
