@@ -39,6 +39,7 @@ SHARES = "100,50,25,12"
 PROCESS = 200 << 20  # bytes of an interpreter with MLX, a prompt's cache and workspace
 QUICK_SHARES, QUICK_SECONDS = "100,50", 35
 PROMPT = "import os\nimport sys\n\n\ndef main(argv=None):\n    "
+KV_BITS = ("16", "8", "4", "3.5", "3", "2.5", "2")
 DRAFTS = ("off", "auto", *map(str, range(1, 9)))
 
 
@@ -48,6 +49,7 @@ def parser() -> Parser:
     p.add_argument("--shares", help=f"%% of experts in memory ({SHARES}; what fits with --limit)")
     p.add_argument("--mtp", help="list of off, auto and 1..8, each a row a share")
     p.add_argument("--executor", help="list of layerwise, rehearse and auto, each a row a share")
+    p.add_argument("--kv-bits", help="list of 16, 8, 4, 3.5, 3, 2.5 and 2, each a row a share")
     p.add_argument("--disk", help="list of disks to imitate (1.5GB/s@100us) and none")
     p.add_argument("--suite", action="store_true", help="one row of each kind of decoding")
     p.add_argument("--tokens", type=number(8, 4096, int), default=64, help="tokens per round")
@@ -129,11 +131,12 @@ def _configurations(args: Any, opened: Any) -> list[Configuration]:
         Disk.parse(name)  # raises
     if not opened.head and set(drafts) != {"off"}:
         raise StreamerError(f"--mtp {args.mtp}: {opened.head_notes[-1]}")
-    alone = not (args.mtp or args.executor or args.disk)
+    bits = [float(b) for b in _list("--kv-bits", args.kv_bits, "16", KV_BITS)]
+    alone = not (args.mtp or args.executor or args.disk or args.kv_bits)
     if args.suite or (args.quick and alone):
         ours = suite(shares, head=bool(opened.head))
     else:
-        ours = crossed(shares, drafts, executors, disks)
+        ours = crossed(shares, drafts, executors, disks, bits)
     first = [] if args.no_memory_row else [MEMORY]
     return [*first, *ours, *([LLAMA] if args.llama else [])]
 

@@ -14,17 +14,19 @@ Run = dict[str, Any]  # one turn of a worker, or {"failed": why}
 @dataclass(frozen=True)
 class Configuration:
     """kind: mlx-lm (everything in memory), streamed or llama.cpp. share: %, of the experts in
-    memory; None for what the memory limit leaves room for. disk: one imitated, or none."""
+    memory; None for what the memory limit leaves room for. disk: one imitated, or none.
+    kv_bits: a channel's in the KV cache; 16 is mlx-lm's own cache."""
 
     kind: str
     share: int | None = None
     mtp: str = "off"
     executor: str = "layerwise"
     disk: str = "none"
+    kv_bits: float = 16
 
     @property
     def plain(self) -> Configuration:
-        """The same pool without drafts, layer by layer."""
+        """The same pool without drafts, layer by layer, with mlx-lm's caches."""
         return Configuration(self.kind, self.share, disk=self.disk)
 
     @property
@@ -34,6 +36,7 @@ class Configuration:
         parts = ["what fits" if self.share is None else f"{self.share}%"]
         parts += [f"mtp {self.mtp}"] if self.mtp != "off" else []
         parts += [self.executor] if self.executor != "layerwise" else []
+        parts += [f"kv {self.kv_bits:g}"] if self.kv_bits != 16 else []
         parts += [f"disk {self.disk}"] if self.disk != "none" else []
         return ", ".join(parts)
 
@@ -50,12 +53,13 @@ def crossed(
     drafts: Sequence[str],
     executors: Sequence[str],
     disks: Sequence[str] = ("none",),
+    bits: Sequence[float] = (16,),
 ) -> list[Configuration]:
-    """Every combination; only what drafts differ in where all experts are in memory."""
-    found = [
-        Configuration("streamed", share, mtp, *((executor, disk) if share != 100 else ()))
-        for share, disk, executor, mtp in itertools.product(shares, disks, executors, drafts)
-    ]
+    """Every combination; executors and disks make no difference with all experts in memory."""
+    found = []
+    for share, disk, kv, executor, mtp in itertools.product(shares, disks, bits, executors, drafts):
+        one = Configuration("streamed", share, mtp, executor, disk, kv)
+        found.append(replace(one, executor="layerwise", disk="none") if share == 100 else one)
     return list(dict.fromkeys(found))
 
 
@@ -68,7 +72,7 @@ def suite(shares: Sequence[int | None], head: bool) -> list[Configuration]:
     if base.share != 100:
         found += [replace(base, executor=e) for e in ("rehearse", "auto")]
         found += [replace(base, mtp="2", executor="rehearse")] if head else []
-    return found
+    return [*found, replace(base, kv_bits=3.5)]
 
 
 def row(one: Configuration, results: dict[Configuration, list[Run]], disk: float) -> Run:
@@ -96,7 +100,8 @@ def row(one: Configuration, results: dict[Configuration, list[Run]], disk: float
     reference = next((r for r in results.values() if "out" in r[0]), None)
     if reference and "out" in runs[0]:
         same = all(r["out"] == m["out"] for m, r in zip(reference, runs, strict=True))
-        if same or one.mtp == "off" or runs[0]["greedy"]:  # drafts are sampled with other noise
+        # drafts are sampled with other noise, and coded caches are other caches
+        if same or (one.kv_bits == 16 and (one.mtp == "off" or runs[0]["greedy"])):
             made["same_tokens"] = same
     if "misses" in runs[0]:
         asked = sum(r["hits"] + r["misses"] for r in runs)

@@ -178,7 +178,8 @@ def _loaded(opened: Any, job: dict[str, Any], prompt: int) -> Any:
     disk = Disk.parse(job["disk"])
     io = "pread" if disk else job["io"]  # from the page cache, then held back
     if job["share"] is None:
-        budget = divide(opened, None, prompt + job["tokens"], spare=default_budget()[0])
+        context, spare = prompt + job["tokens"], default_budget()[0]
+        budget = divide(opened, None, context, spare=spare, kv_bits=job["kv_bits"])
         return attach(opened, budget, io, lambda *_: None, executor=job["executor"], disk=disk)
     slots = round(opened.experts * job["share"] / 100)  # a head's experts share the pool
     return load_streamed(
@@ -189,6 +190,7 @@ def _loaded(opened: Any, job: dict[str, Any], prompt: int) -> Any:
         mtp=job["mtp"] != "off",
         executor=job["executor"],
         disk=disk,
+        kv_bits=job["kv_bits"],
     )
 
 

@@ -74,7 +74,7 @@ def test_what_failed_says_so_and_spoils_no_other_row() -> None:
 def test_configurations() -> None:
     made = crossed([100, 50], ["off", "1"], ["layerwise", "rehearse"])
     assert len(made) == len(set(made)) == 6  # nothing pages at 100%
-    assert HALF in suite([100, 50], head=True) and len(suite([None], head=False)) == 3
+    assert HALF in suite([100, 50], head=True) and len(suite([None], head=False)) == 4
     assert {c.mtp for c in suite([50], head=False)} == {"off"}
 
 
@@ -141,6 +141,7 @@ def test_quick_ends_within_a_minute() -> None:
         (["--shares", "0"], "not a list of percentages"),
         (["--mtp", "9"], "not a list of off, auto"),
         (["--executor", "fast"], "not a list of layerwise"),
+        (["--kv-bits", "5"], "not a list of 16, 8"),
         (["--llama", "x"], "--llama and --gguf go together"),
         (["--llama", "x", "--gguf", "y", "--shares", "50"], "there is no file x"),
         (["--limit", "much"], "not a memory size"),

@@ -185,6 +185,8 @@ def waits(steps: Sequence[Step], base: float, read: float) -> tuple[float, float
     keep = off <= 4 * np.median(off)
     columns = np.stack([count, missed], axis=1)[keep]
     wait, miss = np.linalg.lstsq(columns, over[keep], rcond=None)[0]
+    if wait < 0 or miss < 0:  # the two go together too closely to be told apart
+        return max(0.0, float(over[keep].mean() / max(1.0, count[keep].mean()))), 0.0
     return float(wait), float(miss)
 
 
