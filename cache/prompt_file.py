@@ -1,13 +1,14 @@
 """Prompt caches on disk: a prefix that need not be read again.
 
 A safetensors file: every array of every layer's cache, recurrent states included, and a header
-that says the format's version, which model the prefix belongs to, its tokens, how the arrays go
-together, and a SHA-256 of the arrays' bytes. Written aside, fsynced and renamed. A file that is
-cut short, damaged, of another version or of another model is refused with a sentence; nothing
-in it is run. Only mlx-lm's cache classes named in KINDS, and ours, are made from it.
+that says the format's version, what the prefix belongs to (a model, its bits), its tokens, how the
+arrays go together, and a SHA-256 of the arrays' bytes. Written aside, array by array so that
+nothing is held twice, fsynced and renamed. A file that is cut short, damaged, of another version
+or that belongs to something else is refused with a sentence; nothing in it is run. Only mlx-lm's
+cache classes named in KINDS, and ours, are made from it.
 
-    save("prefix.safetensors", cache, tokens, fingerprint)
-    cache, tokens = load("prefix.safetensors", fingerprint)
+    save("prefix.safetensors", Prefix(cache, tokens), {"model": "a"})
+    prefix = load("prefix.safetensors", {"model": "a"})
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
@@ -26,8 +28,10 @@ from mlx_lm.models import cache as mlx_cache
 from .attention import install
 from .compressed import CompressedKVCache
 
-VERSION = 1
+VERSION = 2
 NAME = "moe-streamer prompt cache"
+PIECE = 1 << 20  # bytes of an array that are made contiguous at a time
+LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -39,35 +43,82 @@ KINDS: dict[str, type] = {
         mlx_cache.ArraysCache,
     )
 }
+TYPES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.bool_: "BOOL",
+    mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16",
+    mx.uint32: "U32", mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64",
+}  # fmt: skip
 
 
 class PromptCacheError(Exception):
     """A prompt cache that cannot be used. One sentence."""
 
 
-def save(path: str | Path, cache: Sequence[Any], tokens: Sequence[int], fingerprint: str) -> None:
-    """Write `cache`, which holds `tokens`, to `path`; what was there stays until it is whole.
+@dataclass
+class Prefix:
+    """What a file holds. cache: mlx-lm's, with the first `tokens` in it.
 
-    fingerprint: names the model and what else the cache depends on. Raises PromptCacheError.
+    notes: anything that JSON can say, the caller's. drafting: caches and arrays of a drafter that
+    has followed `tokens`, and drafter: what it belongs to.
+    """
+
+    cache: list[Any]
+    tokens: list[int]
+    notes: Any = None
+    drafting: tuple[list[Any], Any] | None = None
+    drafter: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What can be said of a file without its arrays."""
+
+    tokens: list[int] = field(repr=False)
+    notes: Any
+    belongs: dict[str, str]
+    nbytes: int
+
+
+def saveable(cache: Sequence[Any]) -> str | None:
+    """The name of a kind of cache in `cache` that cannot be saved, or None."""
+    for one in cache:
+        if isinstance(one, mlx_cache.CacheList):
+            if (name := saveable(one.caches)) is not None:
+                return name
+        elif KINDS.get(type(one).__name__) is not type(one):
+            return type(one).__name__
+    return None
+
+
+def save(path: str | Path, prefix: Prefix, belongs: Mapping[str, str]) -> None:
+    """Write `prefix` to `path`; what was there stays until it is whole.
+
+    belongs: names what the cache depends on, by words for people. Raises PromptCacheError.
     """
     path = Path(path)
     arrays: dict[str, mx.array] = {}
-    layers = [_describe(one, arrays) for one in cache]
-    mx.eval(arrays)
     header = {
         "name": NAME,
         "version": VERSION,
-        "fingerprint": fingerprint,
-        "tokens": list(tokens),
-        "layers": layers,
-        "sha256": _digest(arrays),
+        "belongs": dict(belongs),
+        "tokens": list(prefix.tokens),
+        "notes": prefix.notes,
+        "layers": [_describe(one, arrays) for one in prefix.cache],
     }
+    if prefix.drafting:
+        caches, state = prefix.drafting
+        header["drafter"] = prefix.drafter
+        header["drafting"] = {
+            "caches": [_describe(one, arrays) for one in caches],
+            "state": _flat(state, arrays),
+        }
+    mx.eval(arrays)
     try:
-        handle, aside = tempfile.mkstemp(".safetensors", f".{path.name}.", path.parent)
-        os.close(handle)
+        handle, aside = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
         try:
-            mx.save_safetensors(aside, arrays, {"prompt_cache": json.dumps(header)})
-            with open(aside, "rb+") as file:
+            with os.fdopen(handle, "wb") as file:
+                _write(file, header, arrays)
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
         except BaseException:
@@ -82,45 +133,134 @@ def save(path: str | Path, cache: Sequence[Any], tokens: Sequence[int], fingerpr
         raise PromptCacheError(f"{path} cannot be written: {_line(error)}") from error
 
 
-def load(path: str | Path, fingerprint: str) -> tuple[list[Any], list[int]]:
-    """The caches and the tokens that they hold. Raises PromptCacheError."""
+def peek(path: str | Path, belongs: Mapping[str, str]) -> Header:
+    """What `path` says of itself, if it is whole in length and belongs to that.
+
+    Only the names in `belongs` are compared. Raises PromptCacheError.
+    """
     path = Path(path)
-    header, arrays = _read(path)
+    header, _, size = _opened(path)
+    _check(path, header, belongs)
+    try:
+        tokens = [int(t) for t in header["tokens"]]
+        return Header(tokens, header.get("notes"), header["belongs"], size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptCacheError(f"{path} is damaged: {_line(error)}") from error
+
+
+def load(path: str | Path, belongs: Mapping[str, str]) -> Prefix:
+    """The prefix. Raises PromptCacheError."""
+    path = Path(path)
+    header, names, _ = _opened(path)
+    _check(path, header, belongs)
+    try:
+        arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
+        mx.eval(arrays)
+        digest = hashlib.sha256()
+        for name in names:
+            for part in _pieces(arrays[name]):
+                digest.update(part)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise PromptCacheError(f"{path} cannot be read: {_line(error)}") from error
+    if header.get("sha256") != _sealed(digest, header):
+        raise PromptCacheError(f"{path} is damaged: its checksum is not that of its contents")
+    install()
+    try:
+        prefix = Prefix(
+            [_build(one, arrays) for one in header["layers"]],
+            [int(t) for t in header["tokens"]],
+            header["notes"],
+        )
+        if (saved := header.get("drafting")) is not None:
+            caches = [_build(one, arrays) for one in saved["caches"]]
+            prefix.drafting = caches, _whole(saved["state"], arrays)
+            prefix.drafter = str(header["drafter"])
+        return prefix
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PromptCacheError(f"{path} is damaged: {_line(error)}") from error
+
+
+def _check(path: Path, header: dict[str, Any], belongs: Mapping[str, str]) -> None:
     if header.get("name") != NAME:
         raise PromptCacheError(f"{path} is not a prompt cache")
     if header.get("version") != VERSION:
         raise PromptCacheError(
             f"{path} is a prompt cache of version {header.get('version')}; this is {VERSION}"
         )
-    if header.get("fingerprint") != fingerprint:
-        raise PromptCacheError(f"{path} is the prompt cache of another model or of other settings")
-    if header.get("sha256") != _digest(arrays):
-        raise PromptCacheError(f"{path} is damaged: its checksum is not that of its contents")
-    install()
-    try:
-        return [_build(one, arrays) for one in header["layers"]], [int(t) for t in header["tokens"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise PromptCacheError(f"{path} is damaged: {_line(error)}") from error
+    theirs = header.get("belongs")
+    for name, ours in belongs.items():
+        other = theirs.get(name) if isinstance(theirs, dict) else None
+        if other != ours:
+            raise PromptCacheError(
+                f"{path} is the prompt cache of another {name}: {other}, where this one is {ours}"
+            )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def _write(file: IO[bytes], header: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    """The file's text with a place for the checksum, the arrays, and then the checksum."""
+    header = {**header, "sha256": "0" * 64}
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        shape = list(array.shape)
+        entries[name] = {"dtype": TYPES[array.dtype], "shape": shape, "data_offsets": [start, end]}
+    # the checksum comes last and is of fixed length, so its place is known
+    text = json.dumps({**entries, "__metadata__": {"prompt_cache": json.dumps(header)}}).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        for part in _pieces(array):
+            digest.update(part)
+            file.write(part)
+    file.seek(8 + text.rindex(b"0" * 64))
+    file.write(_sealed(digest, header).encode())
+
+
+def _sealed(digest: Any, header: dict[str, Any]) -> str:
+    """The checksum of a file: of its arrays' bytes, and then of its header without it."""
+    digest = digest.copy()
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _pieces(array: mx.array) -> Iterator[memoryview]:
+    """The bytes of `array` in order, of few of its rows at a time where they lie apart."""
+    axis = next((i for i, n in enumerate(array.shape) if n > 1), None)
+    if array.nbytes <= PIECE or axis is None:
+        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        mx.eval(flat)
+        yield memoryview(flat)  # type: ignore[arg-type]
+        return
+    middle = array.shape[axis] // 2
+    for part in mx.split(array, [middle], axis=axis):
+        yield from _pieces(part)
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], list[str], int]:
+    """(our header, the arrays' names in order, bytes of the file).
+
+    MLX reads lazily: a file that is too short has to be found first.
+    """
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:  # MLX reads lazily: a short file has to be found first
+        with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size:
+            if length > min(size, LONGEST):
                 raise PromptCacheError(f"{path} is cut short or not a prompt cache")
             entries = json.loads(file.read(length))
-        ends = [e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
+        ends = {n: e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"}
+        if 8 + length + max(ends.values(), default=0) != size:
             raise PromptCacheError(f"{path} is cut short")
         header = json.loads(entries.get("__metadata__", {}).get("prompt_cache", "{}"))
-        arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
-        mx.eval(arrays)
-        return header, arrays
+        if not isinstance(header, dict):
+            raise PromptCacheError(f"{path} is not a prompt cache")
+        return header, sorted(ends, key=lambda n: ends[n]), size
     except FileNotFoundError:
         raise PromptCacheError(f"{path} does not exist") from None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise PromptCacheError(f"{path} cannot be read: {_line(error)}") from error
 
 
@@ -128,10 +268,9 @@ def _describe(cache: Any, arrays: dict[str, mx.array]) -> Any:
     """What `_build` needs; arrays go into `arrays`."""
     if isinstance(cache, mlx_cache.CacheList):
         return {"kind": "CacheList", "state": [_describe(one, arrays) for one in cache.caches]}
-    kind = type(cache).__name__
-    if KINDS.get(kind) is not type(cache) or not hasattr(cache, "state"):
-        raise PromptCacheError(f"a {kind} cannot be saved")
-    return {"kind": kind, "state": _flat(cache.state, arrays)}
+    if (name := saveable([cache])) is not None:
+        raise PromptCacheError(f"a {name} cannot be saved")
+    return {"kind": type(cache).__name__, "state": _flat(cache.state, arrays)}
 
 
 def _flat(value: Any, arrays: dict[str, mx.array]) -> Any:
@@ -160,16 +299,6 @@ def _whole(saved: Any, arrays: dict[str, mx.array]) -> Any:
     if "items" in saved:
         return [_whole(v, arrays) for v in saved["items"]]
     return saved["value"]
-
-
-def _digest(arrays: dict[str, mx.array]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-        digest.update(memoryview(flat))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def _line(error: Exception) -> str:

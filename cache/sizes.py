@@ -59,7 +59,7 @@ class CodedSize:
         dense = tokens * channels * self.itemsize if several else 0
         kernel = self.itemsize == 4 and codes.available(mx.float32)
         piece = 0 if kernel and not several else 6 * 4 * min(tokens, PIECE) * max(widths)
-        grown = -(-tokens // STEP) * STEP * row_bytes(max(widths), bits)
+        grown = -(-tokens // STEP) * STEP * sum(row_bytes(width, bits) for width in widths)
         own = 2 * (rows + BLOCK + WINDOW) * channels * self.itemsize
         return self.heads * (dense + max(piece, grown) + own)
 

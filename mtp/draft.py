@@ -41,6 +41,21 @@ class Drafter:
         self._late: list[mx.array | None] = [None] * self._units
         self._first: tuple[mx.array, mx.array] | None = None  # logits [1, 1, V], state [1, 1, D]
 
+    @property
+    def state(self) -> list[Any]:
+        """What `resume` needs besides the caches: numbers, arrays and None."""
+        return [self.rows, [list(pair) for pair in self._waiting], list(self._late)]
+
+    def resume(self, cache: list[Any], state: list[Any]) -> None:
+        """Go on as the drafter of the same head whose `cache` and `state` these were."""
+        self.reset()
+        self.rows, waiting, late = state
+        self._waiting = [(hidden, tokens) for hidden, tokens in waiting]
+        if len(cache) == len(self.cache):
+            self.cache = cache
+        if len(late) == self._units:
+            self._late = list(late)
+
     def note(self, hidden: mx.array, tokens: mx.array) -> None:
         """Verified states [1, T, D] of the kind the head takes, and the tokens after them [T]."""
         self.rows += tokens.size

@@ -67,15 +67,14 @@ def chunk_workspace(opened: Opened, chunk: int, context: int, kv_bits: float = F
     activations, the gathered rows of its experts, three copies of the attention
     scores, which the CPU back end materialises, a recurrent state for every token,
     as mlx-lm's loop over tokens leaves them (the kernel has one before, one after and
-    a copy of each), latent attention's keys and values of every head, and what reading
-    and writing coded caches takes. 1.1 to 1.6 times the peaks measured at true shapes
-    (docs/LOG.md).
+    a copy of each), latent attention's keys and values of every head, what reading and
+    writing coded caches takes, and the old storage of a cache that grows. 1.1 to 1.6
+    times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
     heads = opened.text("num_attention_heads", 32)
     inner = opened.text("moe_intermediate_size", opened.text("intermediate_size", hidden))
     vocabulary = opened.text("vocab_size", 32000)
-    rows = min(context, opened.text("max_position_embeddings", context))
     row = 3 * (32 * hidden + opened.top_k * (6 * hidden + 4 * inner))
     state = 0 if mx.default_device() == mx.Device(mx.gpu) else opened.state_bytes
     one = fast.keeps_one_state(opened.text("linear_key_head_dim", 0))
@@ -84,10 +83,11 @@ def chunk_workspace(opened: Opened, chunk: int, context: int, kv_bits: float = F
     width = opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
     expanded = 5 * heads * (latent + width) if opened.cache_row < 4 * heads * width else 0
     return (
-        chunk * (row + 12 * heads * rows + states)
+        chunk * (row + 12 * heads * context + states)
         + (4 if one else 8) * state
-        + (expanded * rows if latent else 0)
-        + (opened.coding_bytes(chunk, rows, kv_bits) if chunk else 0)
+        + (expanded * context if latent else 0)
+        + (opened.coding_bytes(chunk, context, kv_bits) if chunk else 0)
+        + opened.growth_bytes(context, kv_bits)
         + 24 * vocabulary
         + (8 << 20)
     )

@@ -35,6 +35,10 @@ class CacheSize(NamedTuple):
         rows = -(-max(context, 1) // KV_STEP) * KV_STEP
         return self.fixed + self.row * min(rows, (self.limit or rows) + KV_STEP)
 
+    def growth(self, context: int, bits: float = FULL) -> int:
+        """Bytes of what mlx-lm's storage was, keys and values, while it is being copied."""
+        return 0 if self.coded and bits < FULL else self.at(context)
+
 
 def sizes_of(cache: Any, widen: mx.Dtype | None, kind: str | None = None) -> list[CacheSize]:
     """kind: what a compressed cache in its place would be (`cache.make.kinds_of`)."""

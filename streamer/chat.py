@@ -1,8 +1,9 @@
 """A conversation in the terminal, with line editing and history.
 
 The model's chat template makes the prompt; what the KV cache already holds is
-not computed again. /reset starts over, /exit or end of file leaves, Ctrl-C
-ends a reply.
+not computed again, nor is what --prompt-cache kept of an earlier conversation,
+which goes on. /reset starts over, /exit or end of file leaves, Ctrl-C ends a
+reply.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def converse(session: Session, args: argparse.Namespace) -> int:
     if not session.tokenizer.has_chat_template:
         raise UsageError("this model has no chat template; use --prompt")
     with _line_editing():
-        messages = _start(args)
+        messages = _resume(session, args) or _start(args)
         while (line := _ask()) is not None:
             if line == "/exit":
                 break
@@ -48,6 +49,7 @@ def converse(session: Session, args: argparse.Namespace) -> int:
             print(flush=True)
             say(session.closing())
             messages.append({"role": "assistant", "content": text})
+            session.save_chat(messages)
     if args.stats:
         write_json(args.stats, session.stats())
     return 0
@@ -55,6 +57,19 @@ def converse(session: Session, args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace) -> list[dict[str, str]]:
     return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def _resume(session: Session, args: argparse.Namespace) -> list[dict[str, str]] | None:
+    """The conversation in the prompt cache, if there is one. Raises UsageError."""
+    kept = session.kept
+    if kept is None or kept.notes is None:
+        return None
+    messages = list(kept.notes)
+    if args.system and messages[:1] != _start(args):
+        raise UsageError(f"the conversation in {kept.path} has another --system; leave it out")
+    turns = sum(message["role"] == "user" for message in messages)
+    say(f"{kept.path}: a conversation of {turns} turns, {len(kept.tokens)} tokens, goes on")
+    return messages
 
 
 def _ask() -> str | None:

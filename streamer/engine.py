@@ -78,7 +78,7 @@ def generate(
     timing = timing if timing is not None else Timing()
     streamer: Streamer = model.streamer
     began = time.perf_counter()
-    _prefill(model, tokens, cache, timing, on_prompt, speculation)
+    prefill(model, tokens, cache, timing, on_prompt, speculation)
     run = _Run(model, cache, sampler, processors, tokens[:-1], timing, speculation)
     rule = rule_for(sampler, seeded=seeded)
     pass_began = time.perf_counter()
@@ -207,7 +207,7 @@ class _Run:
             self._history = mx.concatenate([self._history, tokens.astype(mx.int32)])
 
 
-def _prefill(
+def prefill(
     model: nn.Module,
     tokens: Sequence[int],
     cache: list[Any],
@@ -215,7 +215,7 @@ def _prefill(
     on_prompt: Callable[[int, int], None],
     speculation: Speculation | None,
 ) -> None:
-    """Every token but the last, whose pass gives the first logits."""
+    """Every token but the last, whose pass gives the first logits, from `timing.cached` on."""
     streamer: Streamer = model.streamer
     chunk = streamer.budget.chunk
     on_prompt(0, len(tokens))

@@ -118,6 +118,10 @@ class Opened:
         coded = [cache.coded for cache in self._caches if cache.coded]
         return max((size.transient(rows, context, bits) for size in coded), default=0)
 
+    def growth_bytes(self, context: int, bits: float) -> int:
+        """What a cache in full precision takes besides while it grows, bytes."""
+        return max((c.growth(context, bits) for c in self._caches if c.row), default=0)
+
     @property
     def coded_layers(self) -> tuple[int, int]:
         """How many caches can be compressed, of how many that grow with the context."""

@@ -63,6 +63,12 @@ def parser() -> Parser:
         help="bits a channel of the KV cache (auto: 16, full precision, unless the context "
         "would not fit)",
     )
+    p.add_argument(
+        "--prompt-cache",
+        type=Path,
+        metavar="FILE",
+        help="keep the prompt, or the chat, in this file, and read none of it again next time",
+    )
     p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
     p.add_argument(
         "--executor",

@@ -20,13 +20,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .budget import divide
 from .console import bar, say
-from .engine import Timing, generate
+from .engine import Timing, generate, prefill
 from .errors import CheckpointError, UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
 from .kv import FULL, describe
 from .loading import Streamer, attach, open_tokenizer
 from .opened import Opened, open_model
+from .prompt_cache import PromptCache, shared
 from .speculate import Counters, Speculation, why_not
 
 CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is said
@@ -39,11 +40,14 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     about_head = _about_head(opened, args)
     tokenizer = open_tokenizer(opened)
     tokens = [] if prompt is None else _encode(tokenizer, prompt, args.raw)
-    context = args.context or (CHAT_CONTEXT if args.chat else len(tokens) + args.max_tokens)
+    kept = PromptCache(args.prompt_cache, opened) if args.prompt_cache else None
+    context = args.context or _context(args, tokens, kept)
     if len(tokens) >= context:
         raise UsageError(f"the prompt has {len(tokens)} tokens and --context is {context}")
     spare, why = default_budget() if args.memory is None else (None, "")
     budget = divide(opened, args.memory, context, spare=spare, kv_bits=args.kv_bits)
+    if kept is not None:
+        kept.check(budget)
     with bar("loading") as update:
         model = attach(
             opened,
@@ -54,7 +58,17 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
             disk=args.disk,
             heat=getattr(args, "heat", "off"),
         )
-    return Session(model, tokenizer, tokens, args, why, about_head)
+    return Session(model, tokenizer, tokens, args, why, about_head, kept)
+
+
+def _context(args: argparse.Namespace, tokens: list[int], kept: PromptCache | None) -> int:
+    """Tokens to plan the KV cache for when nothing is said. Raises UsageError."""
+    held = len(kept.tokens) if kept else 0
+    if args.chat:
+        return CHAT_CONTEXT + held
+    if kept and kept.notes is not None:
+        raise UsageError(f"{kept.path} holds a conversation, which --chat goes on with")
+    return max(len(tokens) + args.max_tokens, held)
 
 
 def _about_head(opened: Opened, args: argparse.Namespace) -> str:
@@ -113,6 +127,7 @@ class Session:
         args: argparse.Namespace,
         why: str,
         about_head: str = "",
+        kept: PromptCache | None = None,
     ):
         self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
         self.streamer: Streamer = model.streamer
@@ -124,6 +139,10 @@ class Session:
         self._args, self._why, self._about_head = args, why, about_head
         self._cache: list[Any] = []
         self._cached: list[int] = []  # tokens that the cache holds
+        self.kept, self.reused = kept, 0
+        if kept and kept.tokens:
+            self._cache = kept.load(model, self.speculation)
+            self._cached = list(kept.tokens)
         if args.seed is not None:
             mx.random.seed(args.seed)
 
@@ -160,9 +179,13 @@ class Session:
     def reply(self, tokens: list[int], on_prompt: Callable[[int, int], None]) -> Iterator[str]:
         """Pieces of text after `tokens`, a whole conversation; what is cached is not re-read."""
         tokens = list(tokens)
-        keep = self._reusable(tokens)
+        until = self._save_at(tokens)
+        keep = self.reused = self._reusable(tokens)
         args = self._args
         self.timing, self.tokens, self.interrupted = Timing(), [], False
+        self._cached = []  # what it holds is not known while the prompt is read
+        if keep < until:
+            self._read(tokens, keep, until, on_prompt)
         stop = frozenset(self.tokenizer.eos_token_ids)
         detokenizer = self.tokenizer.detokenizer
         detokenizer.reset()
@@ -179,7 +202,6 @@ class Session:
             speculation=self.speculation,
             seeded=args.seed is not None,
         )
-        self._cached = []  # what it holds is not known while the prompt is read
         with contextlib.closing(steps):  # takes drafts back that were not asked for any more
             for step in steps:
                 self.tokens.append(step.token)
@@ -191,17 +213,47 @@ class Session:
         detokenizer.finalize()
         yield detokenizer.last_segment
 
+    def _save_at(self, tokens: list[int]) -> int:
+        """After how many of a prompt's tokens the cache goes into the file; 0: not at all."""
+        kept = self.kept
+        if kept is None or self._args.chat:  # a chat is saved after each turn
+            return 0
+        most, same = len(tokens) - 1, shared(kept.tokens, tokens[:-1])
+        if not kept.tokens or can_trim_prompt_cache(self._cache):
+            return most
+        if same == len(kept.tokens):  # it may serve other prompts, too
+            return 0
+        return same if 2 * same >= min(len(kept.tokens), most) else most
+
+    def _read(
+        self, tokens: list[int], keep: int, until: int, on_prompt: Callable[[int, int], None]
+    ) -> None:
+        """Read the prompt up to `until` tokens, of which `keep` are there, and save that."""
+        began = time.perf_counter()
+        prefill(
+            self.model,
+            tokens[keep : until + 1],
+            self._cache,
+            self.timing,
+            lambda done, _: on_prompt(done, len(tokens) - keep),
+            self.speculation,
+        )
+        self.timing.prompt_seconds += time.perf_counter() - began
+        assert self.kept is not None
+        self.kept.save(self._cache, tokens[:until], self.speculation)
+
+    def save_chat(self, messages: list[dict[str, str]]) -> None:
+        """Keep a conversation in its file, if it has one. Raises UsageError."""
+        if self.kept is not None and self._cached:
+            self.kept.save(self._cache, self._cached, self.speculation, messages)
+
     def interrupt(self) -> None:
         """The reply was cut short."""
         self.interrupted = True
 
     def _reusable(self, tokens: list[int]) -> int:
         """How many leading tokens the cache already holds; a new cache when none fit."""
-        n = 0
-        for old, new in zip(self._cached, tokens[:-1], strict=False):
-            if old != new:
-                break
-            n += 1
+        n = shared(self._cached, tokens[:-1])
         surplus = len(self._cached) - n
         if n and surplus and can_trim_prompt_cache(self._cache):
             surplus -= trim_prompt_cache(self._cache, surplus)
@@ -221,6 +273,8 @@ class Session:
             f"{t.prompt_tokens} prompt tokens, first token after {t.prompt_seconds:.2f} s",
             f"{t.generated_tokens} tokens at {t.decode_rate:.1f} tok/s",
         ]
+        if self.kept is not None:
+            parts.insert(0, f"{self.reused} tokens kept, not read again")
         if self.drafts.drafted:
             parts.append(f"{self.drafts.accepted / self.drafts.drafted:.0%} of drafts accepted")
         if self.drafts.near_ties:
@@ -251,6 +305,12 @@ class Session:
             "rehearsal": s.counters.rehearsal(),
             "syncs": s.counters.syncs,
             "kv_cache": describe(self._cache, 16 if s.opened.widen is None else 32),
+            "prompt_cache": self.kept
+            and {
+                "file": str(self.kept.path),
+                "reused_tokens": self.reused,
+                "held_tokens": len(self.kept.tokens),
+            },
             "finished_at": time.time(),
         }
 

@@ -71,6 +71,13 @@ class Speculation:
             # the token after the last one kept is another now
             self.drafter.keep(cached - 1)
 
+    def resume(self, cached: int, drafting: tuple[list[Any], Any] | None) -> None:
+        """Follow a sequence of `cached` tokens, with its drafter's caches and state if known."""
+        self.drafter.reset()
+        self.drafter.rows = cached
+        if drafting:
+            self.drafter.resume(*drafting)
+
     def hidden(self) -> mx.array:
         """The states [1, T, D] of the pass just built, of the kind the head takes."""
         return take(self.head.trunk.norm, self.head.hidden)

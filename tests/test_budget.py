@@ -165,7 +165,9 @@ def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
         assert heads and rank and width
         more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
         scores = 256 * 16 * 12 * heads
-        assert more == scores + 256 * 5 * heads * (rank + width) * grows
+        copied = opened.growth_bytes(512, 16) - opened.growth_bytes(256, 16)
+        assert copied == 256 * opened.cache_row
+        assert more == copied + scores + 256 * 5 * heads * (rank + width) * grows
 
 
 def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:
