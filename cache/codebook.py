@@ -3,7 +3,9 @@
 `lloyd_max(b)` is the paper's: 2^b levels for one channel. `pairs(b)` codes two channels by one
 index of 2b bits, which fills the plane better than a product of two lines: 7 to 18% less error at
 equal bits, and half a bit is no special case (2.5 bits: 32 points). The points are in pairs.py,
-found by Lloyd's iteration on the density; tests check them by integrating it again.
+found by Lloyd's iteration on the density; tests check them by integrating it again. They are
+rounded to a grid of signed bytes, so that kernels can multiply bytes and be exact: 0.3% more error
+at 4 bits, 0.1% at 3.5, less below.
 
     from cache.codebook import pairs; pairs(2.5).points.shape    # (32, 2)
 """
@@ -51,7 +53,9 @@ def of_bits(bits: float) -> Codebook:
 @lru_cache
 def pairs(bits: float) -> Codebook:
     """2^(2 * bits) points of the plane. Raises KeyError for bits other than 2 to 4 by halves."""
-    points = np.array(POINTS[round(2 * bits)], np.float32)
+    points = np.array(POINTS[round(2 * bits)])
+    grid = np.float32(np.abs(points).max() / 127)
+    points = np.round(points / grid).astype(np.float32) * grid
     axis = (np.arange(CELLS, dtype=np.float32) + 0.5) * (2 * REACH / CELLS) - REACH
     half = (points**2).sum(1) / 2
     rows = [

@@ -1,25 +1,31 @@
 """Speed and footprint of attention over codes, on synthetic caches of Qwen3.5-35B-A3B's shapes.
 
-16 query heads over 2 key heads of 256 channels. Full precision is the same back end's fused
-attention: kernels.fast's in float32 on the CPU (MLX's with STREAMER_KERNELS=off), MLX's in bfloat16
-on a GPU. On the CPU attention over codes is bound by multiply-adds (2 * 16 * 256 a token and row)
-and by unpacking (2 * 2 * 256 a token, whatever the rows), not by the bytes of the codes, which are
-printed as GB/s. Runs are interleaved; medians of seconds on the clock, a JSON line ends the output.
-`--footprint` instead fills one cache of 32k tokens and prints what the process holds for it.
+16 query heads over 2 key heads of 256 channels, one layer. Codes, our full precision and MLX's take
+turns over the same number of tokens: in float32 on the CPU (ours is kernels.fast's), in bfloat16 on
+a GPU, where full precision is MLX's alone. On the CPU the floors are measured in the same rounds:
+keys and values have to be read once (a plain sum gives the bandwidth), and each row makes
+2 * 16 * 256 multiply-adds a token (independent ones in registers give the rate). A floor is the
+larger of the two times; where codes are multiplied as bytes, two digits of 64 products an
+instruction, their multiply-adds take half as long. Milliseconds, medians; the first round is
+dropped, and MLX is left out of rounds once it takes longer than a second. Prints a table and, last,
+one JSON line. `--footprint` instead fills caches of 32k tokens and prints what the process holds.
 
-    python -m tools.kv_speed --contexts 8192 --bits 3.5
+    python -m tools.kv_speed --contexts 8192 32768 --bits 2.5 3.5
     python -m tools.kv_speed --footprint --bits 2.5
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +38,9 @@ from kernels import backend, fast
 
 HEADS, KEY_HEADS, CHANNELS = 16, 2, 256
 PASS = 1024
+ROWS = (1, 4)
+PAUSE = 1.0  # seconds of MLX's attention in one go, at most, where a round can be left out
+ROUNDS = 200_000  # of 128 multiply-adds
 
 
 def filled(cache: Any, context: int, dtype: mx.Dtype) -> Any:
@@ -52,46 +61,102 @@ def _arrays(state: Any) -> list[Any]:
     return [state]
 
 
-def step(cache: Any, rows: int, dtype: mx.Dtype) -> float:
-    """Seconds of one pass of `rows` rows, which is taken back afterwards."""
+def step(cache: Any, rows: int, dtype: mx.Dtype, ours: bool = True) -> float:
+    """Seconds of one pass of `rows` rows, by our kernels or MLX's, taken back afterwards."""
     q = mx.random.normal((1, HEADS, rows, CHANNELS)).astype(dtype)
     k, v = (mx.random.normal((1, KEY_HEADS, rows, CHANNELS)).astype(dtype) for _ in range(2))
     mx.eval(q, k, v)
     mask = cache.make_mask(rows, window_size=None, return_array=False)
-    begun = time.perf_counter()
-    keys, values = cache.update_and_fetch(k, v)
-    mx.eval(scaled_dot_product_attention(q, keys, values, cache, CHANNELS**-0.5, mask))
-    taken = time.perf_counter() - begun
+    with fast.installed() if ours else contextlib.nullcontext():
+        begun = time.perf_counter()
+        keys, values = cache.update_and_fetch(k, v)
+        mx.eval(scaled_dot_product_attention(q, keys, values, cache, CHANNELS**-0.5, mask))
+        taken = time.perf_counter() - begun
     cache.trim(rows)
     return taken
 
 
-def speed(contexts: list[int], bits: float, repeats: int, dtype: mx.Dtype) -> None:
+@dataclass
+class Floors:
+    """What reading and multiplying take here, from the rounds so far."""
+
+    read: list[float] = field(default_factory=list)  # seconds a byte
+    multiply: list[float] = field(default_factory=list)  # seconds a multiply-add
+
+    def measure(self, x: mx.array) -> None:
+        """x: an evaluated float32 array that no cache holds."""
+        if (native := backend.native()) is not None and backend.available():
+            self.read.append(native.read_seconds(x) / x.nbytes)
+            self.multiply.append(
+                native.multiply_seconds(ROUNDS) / (ROUNDS * 128 * backend.threads())
+            )
+
+    def ms(self, nbytes: int, multiplies: float) -> float | None:
+        """The larger of the two, in milliseconds; None on a GPU."""
+        if not self.read:
+            return None
+        read, multiply = (statistics.median(s[1:] or s) for s in (self.read, self.multiply))
+        return 1e3 * max(read * nbytes, multiply * multiplies)
+
+
+def measured(
+    context: int, bits: list[float], repeats: int, dtype: mx.Dtype, floors: Floors
+) -> list[dict[str, Any]]:
+    """The runs of one context, each of a number of rows: see `speed`."""
+    full = filled(KVCache(), context, dtype)
+    codes = {b: filled(CompressedKVCache(b, b), context, dtype) for b in bits}
+    ways: dict[Any, tuple[Any, bool]] = {b: (cache, True) for b, cache in codes.items()}
+    if backend.available():
+        ways["full"] = full, True
+    ways["mlx"] = full, False
+    times: dict[tuple[Any, int], list[float]] = {}
+    for turn in range(repeats + 1):
+        floors.measure(full.keys)
+        for rows, (name, (cache, ours)) in itertools.product(ROWS, ways.items()):
+            before = times.setdefault((name, rows), [])
+            if name == "mlx" and turn > 1 and before[-1] > PAUSE:
+                continue
+            before.append(step(cache, rows, dtype, ours))
+    ms = {key: 1e3 * statistics.median(found[1:] or found) for key, found in times.items()}
+    runs = []
+    for rows in ROWS:
+        multiplies = 2 * HEADS * CHANNELS * context * rows
+        run: dict[str, Any] = {"context": context, "rows": rows, "mlx_ms": ms["mlx", rows]}
+        run["full_ms"] = ms.get(("full", rows))
+        run["full_floor_ms"] = floors.ms(2 * KEY_HEADS * context * CHANNELS * 4, multiplies)
+        for b, cache in codes.items():
+            stored = 2 * KEY_HEADS * cache.keys.coded * cache.keys.codec.row_bytes
+            digits = 0.5 if backend.isa() == "avx512vnni" and b < 8 else 1
+            floor = floors.ms(stored, multiplies * digits)
+            runs.append(
+                {**run, "bits": b, "codes_ms": ms[b, rows], "codes_floor_ms": floor}
+                | {"codes_to_one_row": ms[b, rows] / ms[b, 1]}
+            )
+    return runs
+
+
+def speed(contexts: list[int], bits: list[float], repeats: int, dtype: mx.Dtype) -> None:
     """Print the table and its JSON line."""
-    found = []
     print(backend.describe())
-    print("context rows  full ms  codes ms  full/codes  T(rows)/T(1)  codes GB/s")
+    print(
+        "context rows bits   MLX ms  full ms  floor  codes ms  floor  full/codes  T(rows)/T(1)",
+        flush=True,
+    )
+    found = []
+    floors = Floors()
     for context in contexts:
-        full = filled(KVCache(), context, dtype)
-        codes = filled(CompressedKVCache(bits, bits), context, dtype)
-        stored = 2 * codes.keys.coded * KEY_HEADS * codes.keys.codec.row_bytes
-        times: dict[tuple[str, int], list[float]] = {}
-        for turn in range(repeats + 1):
-            for rows in (1, 4):
-                for name, cache in (("full", full), ("codes", codes)):
-                    seconds = step(cache, rows, dtype)
-                    if turn:  # the first warms up
-                        times.setdefault((name, rows), []).append(seconds)
-        ms = {key: statistics.median(values) * 1e3 for key, values in times.items()}
-        for rows in (1, 4):
-            a, b = ms["full", rows], ms["codes", rows]
+        for run in measured(context, bits, repeats, dtype, floors):
+            full = run["full_ms"] or run["mlx_ms"]
             print(
-                f"{context:7} {rows:4} {a:8.1f} {b:9.1f} {a / b:11.2f} "
-                f"{b / ms['codes', 1]:13.2f} {stored / b / 1e6:11.2f}",
+                f"{context:7} {run['rows']:4} {run['bits']:4g} {run['mlx_ms']:8.1f} {full:8.2f} "
+                f"{run['full_floor_ms'] or 0:6.2f} {run['codes_ms']:9.2f} "
+                f"{run['codes_floor_ms'] or 0:6.2f} {full / run['codes_ms']:11.2f} "
+                f"{run['codes_to_one_row']:13.2f}",
                 flush=True,
             )
-            found.append({"context": context, "rows": rows, "full_ms": a, "codes_ms": b})
-    print(json.dumps({"bits": bits, "kernels": backend.isa(), "runs": found}))
+            found.append(run)
+        mx.clear_cache()
+    print(json.dumps({"kernels": backend.isa(), "threads": backend.threads(), "runs": found}))
 
 
 def _release() -> None:
@@ -119,19 +184,19 @@ def footprint(bits: float, context: int = 32768, layers: int = 3) -> None:
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--bits", type=float, default=3.5)
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.5, 2.5])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--footprint", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     if args.footprint:
-        footprint(args.bits)
+        for bits in args.bits:
+            footprint(bits)
         return
-    with fast.installed():
-        speed(args.contexts, args.bits, args.repeats, dtype)
+    speed(args.contexts, args.bits, args.repeats, dtype)
 
 
 if __name__ == "__main__":

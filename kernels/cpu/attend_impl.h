@@ -213,13 +213,20 @@ void soften(float* s, int count, int all, float& top, float& sum_of) {
   top = tops[0];
   for (int i = 1; i < W; ++i) top = tops[i] > top ? tops[i] : top;
   F total = {};
-  for (int j = 0; j < count; j += W) {
+  int j = 0;
+  for (; j + W <= count; j += W) {
+    const F p = exponential(load(s + j) - top);
+    total += p;
+    store(s + j, p);
+  }
+  if (j < count) {
     F p = exponential(load(s + j) - top);
     for (int i = count - j; i < W; ++i) p[i] = 0.0f;
     total += p;
     store(s + j, p);
+    j += W;
   }
-  for (int j = (count + W - 1) / W * W; j < all; ++j) s[j] = 0.0f;
+  for (; j < all; ++j) s[j] = 0.0f;
   sum_of = sum(total);
 }
 

@@ -4,17 +4,19 @@
 #include <cmath>
 #include <cstring>
 
+#include "code_steps.h"
 #include "data.h"
 #include "isa.h"
 #include "mlx/ops.h"
+#include "spans.h"
 
 namespace streamer {
 namespace {
 
-constexpr int span = 1024; // tokens a task takes
 constexpr float lowest = -3.4028234e38f;
+constexpr int widest = 512; // channels whose products of bytes can't leave 32 bits
 
-const CodeSteps& steps_in_use() {
+const CodeSteps& code_steps() {
 #if defined(__x86_64__)
   if (isa().starts_with("avx512")) return codes_avx512();
   if (isa() == "avx2") return codes_avx2();
@@ -24,95 +26,107 @@ const CodeSteps& steps_in_use() {
   return codes_portable();
 }
 
-float of_half(uint16_t half) {
-  // Moved to float32's place the exponent is 112 too small, for subnormals too.
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = uint32_t(half & 0x7fff) << 13;
-  float value;
-  std::memcpy(&value, &rest, 4);
-  value *= 5.192296858534828e33f; // 2^112
-  return sign ? -value : value;
+// Products of bytes, or null where this CPU has none.
+const ByteSteps* byte_steps() {
+#if defined(__x86_64__)
+  static const bool known = __builtin_cpu_supports("avx512vbmi");
+  if (known && isa() == "avx512vnni") return &codes_vbmi();
+#endif
+  return nullptr;
 }
 
-int rounded(int n) {
-  return (n + 15) / 16 * 16;
+int up_to(int multiple, int n) {
+  return (n + multiple - 1) / multiple * multiple;
 }
 
-// The vectors [n, D] of one batch and head in arrays [B, H, n, D].
-template <class T>
-const T* rows_of(const mx::array& a, int b, int h) {
-  return a.data<T>() + b * a.strides(0) + h * a.strides(1);
+Codebook book_of(const mx::array& points) {
+  const int count = points.shape(0), channels = points.shape(1);
+  Codebook book{points.data<float>(), 0, channels, 0.0f, {}};
+  while ((1 << book.width) < count) ++book.width;
+  if (channels != 2) return book;
+  float top = 0.0f;
+  for (int i = 0; i < 2 * count; ++i) top = std::max(top, std::abs(book.points[i]));
+  const float grid = top / 127;
+  for (int i = 0; i < std::max(count, 64); ++i) {
+    for (int e = 0; e < 2; ++e) {
+      const float x = book.points[i % count * 2 + e], multiple = std::nearbyint(x / grid);
+      if (!(std::abs(multiple * grid - x) <= 1e-6f * top)) return book;
+      book.bytes[e][i] = static_cast<uint8_t>(128 + static_cast<int>(multiple));
+    }
+  }
+  book.grid = grid;
+  return book;
 }
 
-// A head's keys or values, to be read tile by tile.
+// Keys or values of all heads.
 class Source {
  public:
-  Source(const mx::array* in, int b, int h, int coded, const CodeSteps& steps)
-      : in_(in), b_(b), h_(h), coded_(coded), steps_(steps),
-        n_(in[7].shape(3)), wide_(rounded(n_)) {
-    int width = 0;
-    while ((1 << width) < in[6].shape(0)) ++width;
-    book_ = {in[6].data<float>(), width, static_cast<int>(in[6].shape(1))};
-  }
+  Source(const mx::array* in, int H, int coded)
+      : in_(in), H_(H), coded_(coded), n_(in[7].shape(3)), book_(book_of(in[6])),
+        bytes_(book_.grid > 0.0f && n_ <= widest ? byte_steps() : nullptr) {}
 
   int n() const {
     return n_;
   }
+  const Codebook& book() const {
+    return book_;
+  }
+  // How codes are multiplied, or null where they are unpacked into floats.
+  const ByteSteps* bytes() const {
+    return bytes_;
+  }
+  // Floats of a sum of coded values.
   int wide() const {
-    return wide_;
+    return bytes_ ? bytes_->wide(n_) : n_;
   }
-  const float* mean() const {
-    return rows_of<float>(in_[7], b_, h_);
-  }
-
-  // Coded tokens `from` on, padded with zeros to a multiple of four; how many that is.
-  int codes(int from, int count, float* u) const {
-    int done = 0;
-    for (const bool ahead : {false, true}) {
-      const int here = ahead ? count - done : std::clamp(coded_ - from, 0, count);
-      if (here == 0) continue;
-      const mx::array& words = in_[ahead ? 4 : 2];
-      const int64_t at = ahead ? from + done - coded_ : from;
-      steps_.unpack(
-          rows_of<uint32_t>(words, b_, h_) + at * words.strides(2), words.strides(2), here, book_, n_,
-          wide_, u + int64_t(done) * wide_);
-      done += here;
-    }
-    return padded(count, u);
+  const float* mean(int head) const {
+    return of<float>(7, head);
   }
 
-  void scales(int from, int count, float* s) const {
-    for (int i = 0; i < count; ++i) {
-      const bool ahead = from + i >= coded_;
-      const mx::array& a = in_[ahead ? 5 : 3];
-      s[i] = of_half(rows_of<uint16_t>(a, b_, h_)[(ahead ? from + i - coded_ : from + i) * a.strides(2)]);
-    }
+  // Where the codes of tokens `from` on are; up to `all` of them the last is repeated.
+  void words(int head, int from, int count, int all, const uint32_t** to) const {
+    const int coded = std::clamp(coded_ - from, 0, count);
+    const uint32_t* at = of<uint32_t>(2, head) + from * in_[2].strides(2);
+    for (int i = 0; i < coded; ++i, at += in_[2].strides(2)) to[i] = at;
+    at = of<uint32_t>(4, head) + (from + coded - coded_) * in_[4].strides(2);
+    for (int i = coded; i < count; ++i, at += in_[4].strides(2)) to[i] = at;
+    std::fill(to + count, to + all, to[count - 1]);
   }
 
-  // The same of the tokens that are as they came.
-  int raw(int from, int count, float* u) const {
+  void scales(int head, int from, int count, float* to) const {
+    const int coded = std::clamp(coded_ - from, 0, count);
+    code_steps().widen(of<uint16_t>(3, head) + from * in_[3].strides(2), in_[3].strides(2), coded, to);
+    code_steps().widen(
+        of<uint16_t>(5, head) + (from + coded - coded_) * in_[5].strides(2), in_[5].strides(2), count - coded,
+        to + coded);
+  }
+
+  // Calls part(rows, stride, begin, count) for tokens `from` on of those that are as they came, up
+  // to `most` of them at a time; begin counts from `from`.
+  template <class F>
+  void raw(int head, int from, int count, int most, F part) const {
     const int first = in_[0].shape(2);
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < count;) {
       const bool newer = from + i >= first;
       const mx::array& a = in_[newer];
-      const float* x = rows_of<float>(a, b_, h_) + (newer ? from + i - first : from + i) * a.strides(2);
-      std::memcpy(u + int64_t(i) * wide_, x, n_ * sizeof(float));
-      std::fill(u + int64_t(i) * wide_ + n_, u + int64_t(i + 1) * wide_, 0.0f);
+      const int here = std::min(most, (newer ? count : std::min(count, first - from)) - i);
+      const int64_t at = newer ? from + i - first : from + i;
+      part(of<float>(newer, head) + at * a.strides(2), static_cast<int64_t>(a.strides(2)), i, here);
+      i += here;
     }
-    return padded(count, u);
   }
 
  private:
-  int padded(int count, float* u) const {
-    const int all = (count + 3) / 4 * 4;
-    std::fill(u + int64_t(count) * wide_, u + int64_t(all) * wide_, 0.0f);
-    return all;
+  template <class T>
+  const T* of(int array, int head) const {
+    const mx::array& a = in_[array];
+    return a.data<T>() + head / H_ * a.strides(0) + head % H_ * a.strides(1);
   }
 
   const mx::array* in_; // as CodedSide lists them
-  int b_, h_, coded_;
-  const CodeSteps& steps_;
-  int n_, wide_;
+  int H_, coded_, n_;
   Codebook book_;
+  const ByteSteps* bytes_;
 };
 
 // What one call is about; columns are the first tokens, the codes, the recent ones.
@@ -127,139 +141,203 @@ struct Call {
   int raw() const {
     return first + recent;
   }
-  int spans_raw() const {
-    return (raw() + span - 1) / span;
+  bool crossed(int r) const {
+    return ahead > 0 && r % T >= crossing;
   }
-  int spans() const {
-    return spans_raw() + (coded + ahead + span - 1) / span;
+  int seen(int r) const {
+    return causal ? columns() - T + r % T + 1 : columns();
   }
-  bool crossed(int t) const {
-    return ahead > 0 && t >= crossing;
+  // How many of the raw, or of the coded tokens row r sees.
+  int raw_end(int r) const {
+    return seen(r) - coded < first ? std::min(first, seen(r)) : seen(r) - coded;
   }
-  int seen(int t) const {
-    return causal ? columns() - T + t + 1 : columns();
+  int coded_end(int r) const {
+    return std::min(coded + (crossed(r) ? ahead : 0), seen(r) - first);
+  }
+  const float* bias_of(int r) const {
+    return bias + int64_t(r % T) * columns();
   }
 };
 
-// Scores of one row over `count` columns of a span from `from`, of which it sees [begin, end).
-struct Part {
-  int begin, end;
-};
-
-Part part_of(const Call& call, int t, bool raw, int from, int count) {
-  int begin = 0, end;
-  if (raw) {
-    end = call.seen(t) - call.coded;
-    if (end < call.first) end = std::min(call.first, call.seen(t));
-    if (call.crossed(t) && from < call.first + call.ahead) {
-      begin = -1; // what lies between the first and begin is read as codes instead
+// Rows over one span of the raw tokens, as Part::run.
+void run_raw(
+    const Call& call, const Source& keys, const Source& values, int head, int first, int rows, int index,
+    float* y, float* tops, float* totals) {
+  const AttendSteps& steps = attend_steps();
+  const int from = index * span, n = keys.n();
+  auto end_of = [&](int r) { return std::clamp(call.raw_end(first + r) - from, 0, span); };
+  int count = 0;
+  for (int r = 0; r < rows; ++r) count = std::max(count, end_of(r));
+  std::fill(y, y + int64_t(rows) * values.n(), 0.0f);
+  std::fill(totals, totals + rows, 0.0f);
+  if (count == 0) return;
+  float* s = workspace(2, int64_t(rows) * step);
+  const float* q = call.q + (int64_t(head) * call.R + first) * n;
+  keys.raw(head, from, count, tile, [&](const float* k, int64_t stride, int begin, int here) {
+    steps.scores(q, rows, k, stride, here, n, s + begin);
+  });
+  for (int r = 0; r < rows; ++r) {
+    float* row = s + int64_t(r) * step;
+    const int end = end_of(r), all = up_to(16, count);
+    if (end == 0) {
+      std::fill(row, row + all, 0.0f);
+      continue;
     }
-  } else {
-    end = std::min(call.coded + (call.crossed(t) ? call.ahead : 0), call.seen(t) - call.first);
-  }
-  return {begin, std::clamp(end - from, 0, count)};
-}
-
-// One span of one head for all rows: softmax within it, and its values' weighted sum y [R, wide].
-void run_span(
-    const Call& call,
-    const CodeSteps& steps,
-    const Source& keys,
-    const Source& values,
-    int b,
-    int h,
-    int index,
-    float* y,
-    float* tops,
-    float* totals) {
-  const bool raw = index < call.spans_raw();
-  const int from = (raw ? index : index - call.spans_raw()) * span;
-  const int count = std::min(span, (raw ? call.raw() : call.coded + call.ahead) - from);
-  const int R = call.R, wide = keys.wide(), n = keys.n();
-  float* room = workspace(2, int64_t(R) * (span + wide) + tile * std::max(wide, values.wide()) + 2 * span);
-  float *s = room, *q = s + int64_t(R) * span, *u = q + int64_t(R) * wide,
-        *key_scales = u + tile * std::max(wide, values.wide()), *value_scales = key_scales + span;
-  const int64_t head = int64_t(b) * call.H + h;
-  for (int r = 0; r < R; ++r) {
-    std::memcpy(q + r * wide, (raw ? call.q : call.rotated) + (head * R + r) * n, n * sizeof(float));
-    std::fill(q + r * wide + n, q + (r + 1) * wide, 0.0f);
-  }
-  std::fill(key_scales, key_scales + 2 * span, 1.0f);
-  if (!raw) {
-    keys.scales(from, count, key_scales);
-    values.scales(from, count, value_scales);
-  }
-  for (int j = 0; j < count; j += tile) {
-    const int here = std::min(tile, count - j);
-    const int all = raw ? keys.raw(from + j, here, u) : keys.codes(from + j, here, u);
-    steps.scores(q, R, u, all, wide, s + j, span);
-  }
-  for (int r = 0; r < R; ++r) {
-    const int t = r % call.T;
-    float* row = s + int64_t(r) * span;
-    const Part part = part_of(call, t, raw, from, count);
-    const float lift = raw ? 0.0f : steps.dot(call.q + (head * R + r) * n, keys.mean(), n);
-    steps.place(row, part.end, key_scales, lift);
     if (call.bias != nullptr) {
-      const float* of_row = call.bias + int64_t(t) * call.columns();
-      for (int j = 0; j < part.end; ++j) {
-        const int column = !raw ? call.first + from + j
-            : from + j < call.first ? from + j : call.coded + from + j;
-        row[j] = std::max(row[j] + of_row[column], lowest);
-      }
+      const float* bias = call.bias_of(first + r);
+      const int early = std::clamp(call.first - from, 0, end); // columns of the first tokens
+      steps.place(row, early, 1.0f, bias + from);
+      steps.place(row + early, end - early, 1.0f, bias + call.coded + from + early);
     }
-    if (part.begin < 0) {
-      for (int j = std::max(0, call.first - from); j < std::min(part.end, call.first + call.ahead - from); ++j) {
-        row[j] = -INFINITY;
-      }
-    }
-    tops[r] = -INFINITY;
-    totals[r] = 0.0f;
-    if (part.end > 0) steps.soften(row, part.end, value_scales, tops[r], totals[r]);
-    std::fill(row + part.end, row + (count + 3) / 4 * 4, 0.0f);
+    // What this row reads as codes instead.
+    const int begin = std::clamp(call.first - from, 0, end);
+    const int begun = call.crossed(first + r) ? std::clamp(call.first + call.ahead - from, begin, end) : begin;
+    std::fill(row + begin, row + begun, lowest);
+    steps.soften(row, end, all, tops[r], totals[r]);
+    std::fill(row + begin, row + begun, 0.0f);
   }
-  std::fill(y, y + int64_t(R) * values.wide(), 0.0f);
-  for (int j = 0; j < count; j += tile) {
-    const int here = std::min(tile, count - j);
-    raw ? values.raw(from + j, here, u) : values.codes(from + j, here, u);
-    steps.weigh(s + j, span, R, u, here, values.wide(), y);
-  }
+  values.raw(head, from, count, tile, [&](const float* v, int64_t stride, int begin, int here) {
+    steps.weigh(s + begin, rows, v, stride, here, values.n(), y);
+  });
 }
 
-// Row r of a head from its spans: the part in the rotated space, and the rest.
-void merge(
-    const Call& call,
-    const CodeSteps& steps,
-    const Source& values,
-    const float* y,
-    const float* tops,
-    const float* totals,
-    int h,
-    int r,
-    float* rotated,
-    float* rest) {
-  const int spans = call.spans(), R = call.R, n = values.n(), wide = values.wide();
-  float top = -INFINITY, total = 0.0f, mass = 0.0f;
-  if (call.sinks != nullptr) top = call.sinks[h * (R / call.T) + r / call.T];
-  const float sink = top;
-  for (int i = 0; i < spans; ++i) top = std::max(top, tops[i * R + r]);
-  if (call.sinks != nullptr) total = steps.exponential(sink - top);
-  std::fill(rotated, rotated + n, 0.0f);
-  std::fill(rest, rest + n, 0.0f);
-  for (int i = 0; i < spans; ++i) {
-    if (totals[i * R + r] == 0.0f) continue; // no column that this row sees
-    const float weight = steps.exponential(tops[i * R + r] - top);
-    const bool raw = i < call.spans_raw();
-    float* to = raw ? rest : rotated;
-    const float* from = y + (int64_t(i) * R + r) * wide;
-    for (int c = 0; c < n; ++c) to[c] += weight * from[c];
-    total += weight * totals[i * R + r];
-    if (!raw) mass += weight * totals[i * R + r];
+// Rows over one span of the coded tokens, as Part::run.
+class CodedSpan {
+ public:
+  CodedSpan(const Call& call, const Source& keys, const Source& values, int head, int first, int rows, int from)
+      : call_(call), keys_(keys), values_(values), head_(head), first_(first), rows_(rows), from_(from) {
+    for (int r = 0; r < rows; ++r) count_ = std::max(count_, end_of(r));
+    // In floats: what a tile is unpacked to, and digits with their units and lifts.
+    const int64_t wide = std::max(keys.wide(), values.wide());
+    const int64_t unpacked = std::max({tile * wide, key_tile * wide / 4, int64_t(value_tile) * 128 / 4}) + 16;
+    const int64_t digits = rows * (std::max(wide, int64_t(value_tile)) / 2 + 2);
+    scores_ = workspace(2, int64_t(rows) * step + 2 * span + unpacked + digits);
+    key_scales_ = scores_ + int64_t(rows) * step;
+    value_scales_ = key_scales_ + span;
+    room_ = value_scales_ + span;
+    digits_ = room_ + unpacked;
   }
-  const float* mean = values.mean();
+
+  void run(float* y, float* tops, float* totals) {
+    std::fill(y, y + int64_t(rows_) * values_.wide(), 0.0f);
+    std::fill(totals, totals + rows_, 0.0f);
+    if (count_ == 0) return;
+    keys_.scales(head_, from_, count_, key_scales_);
+    values_.scales(head_, from_, count_, value_scales_);
+    std::fill(value_scales_ + count_, value_scales_ + span, 0.0f);
+    keys_.bytes() ? score_bytes() : score();
+    const float* q = call_.q + (int64_t(head_) * call_.R + first_) * keys_.n();
+    for (int r = 0; r < rows_; ++r) soften(r, q + int64_t(r) * keys_.n(), tops[r], totals[r]);
+    values_.bytes() ? weigh_bytes(y) : weigh(y);
+  }
+
+ private:
+  int end_of(int r) const {
+    return std::clamp(call_.coded_end(first_ + r) - from_, 0, span);
+  }
+  const float* rotated() const {
+    return call_.rotated + (int64_t(head_) * call_.R + first_) * keys_.n();
+  }
+
+  void score() {
+    const uint32_t* words[tile];
+    for (int j = 0; j < count_; j += tile) {
+      const int here = std::min(tile, count_ - j), n = keys_.n();
+      keys_.words(head_, from_ + j, here, here, words);
+      code_steps().unpack(words, here, keys_.book(), n, room_);
+      attend_steps().scores(rotated(), rows_, room_, n, here, n, scores_ + j);
+    }
+  }
+
+  void score_bytes() {
+    const ByteSteps& steps = *keys_.bytes();
+    const int n = keys_.n();
+    float* units = digits_;
+    auto* lifts = reinterpret_cast<int32_t*>(units + rows_);
+    auto* digits = reinterpret_cast<int8_t*>(lifts + rows_);
+    steps.pack_queries(rotated(), rows_, n, digits, units, lifts);
+    const uint32_t* words[key_tile];
+    for (int j = 0; j < count_; j += key_tile) {
+      keys_.words(head_, from_ + j, std::min(key_tile, count_ - j), key_tile, words);
+      steps.scores(words, keys_.book(), n, digits, units, lifts, rows_, bytes_room(), scores_ + j);
+    }
+  }
+
+  void soften(int r, const float* q, float& top, float& total) {
+    float* row = scores_ + int64_t(r) * step;
+    const int end = end_of(r), all = up_to(value_tile, count_);
+    if (end == 0) return std::fill(row, row + all, 0.0f);
+    const float lift = attend_steps().dot(q, keys_.mean(head_), keys_.n());
+    code_steps().place(row, end, key_scales_, lift);
+    if (call_.bias != nullptr) {
+      attend_steps().place(row, end, 1.0f, call_.bias_of(first_ + r) + call_.first + from_);
+    }
+    attend_steps().soften(row, end, all, top, total);
+  }
+
+  void weigh(float* y) {
+    const uint32_t* words[tile];
+    const int n = values_.n();
+    for (int r = 0; r < rows_; ++r) code_steps().times(scores_ + int64_t(r) * step, count_, value_scales_);
+    for (int j = 0; j < count_; j += tile) {
+      const int here = std::min(tile, count_ - j);
+      values_.words(head_, from_ + j, here, here, words);
+      code_steps().unpack(words, here, values_.book(), n, room_);
+      attend_steps().weigh(scores_ + j, rows_, room_, n, here, n, y);
+    }
+  }
+
+  void weigh_bytes(float* y) {
+    const ByteSteps& steps = *values_.bytes();
+    float* units = digits_;
+    auto* lifts = reinterpret_cast<int32_t*>(units + rows_);
+    auto* digits = reinterpret_cast<int8_t*>(lifts + rows_);
+    const uint32_t* words[value_tile];
+    for (int j = 0; j < count_; j += value_tile) {
+      values_.words(head_, from_ + j, std::min(value_tile, count_ - j), value_tile, words);
+      for (int r = 0; r < rows_; ++r) {
+        steps.pack_weights(
+            scores_ + int64_t(r) * step + j, value_scales_ + j, digits + r * 2 * value_tile, units[r], lifts[r]);
+      }
+      steps.weigh(words, values_.book(), values_.n(), digits, units, lifts, rows_, bytes_room(), y);
+    }
+  }
+
+  uint8_t* bytes_room() {
+    const auto at = reinterpret_cast<uintptr_t>(room_);
+    return reinterpret_cast<uint8_t*>((at + 63) / 64 * 64);
+  }
+
+  const Call& call_;
+  const Source &keys_, &values_;
+  const int head_, first_, rows_, from_;
+  int count_ = 0;
+  float *scores_, *key_scales_, *value_scales_, *room_, *digits_;
+};
+
+// A row from its sums: the part in the rotated space, and the rest.
+void finish(const Call& call, const Source& values, int head, int r, const Sum* sums, float* rotated, float* rest) {
+  const AttendSteps& steps = attend_steps();
+  const int n = values.n();
+  const Sum &raw = sums[0], &coded = sums[1];
+  float top = std::max(raw.top, coded.top), total = 0.0f;
+  if (call.sinks != nullptr) {
+    const float sink = call.sinks[head % call.H * (call.R / call.T) + r / call.T];
+    top = std::max(top, sink);
+    total = steps.exponential(sink - top);
+  }
+  const float of_raw = steps.exponential(raw.top - top), of_coded = steps.exponential(coded.top - top);
+  total += of_raw * raw.total + of_coded * coded.total;
+  const float raw_scale = of_raw / total, scale = of_coded / total, mass = scale * coded.total;
+  const float* mean = values.mean(head);
+  if (values.bytes()) {
+    values.bytes()->in_order(coded.y, n, rotated);
+  } else {
+    std::copy(coded.y, coded.y + n, rotated);
+  }
   for (int c = 0; c < n; ++c) {
-    rotated[c] /= total;
-    rest[c] = (rest[c] + mass * mean[c]) / total;
+    rotated[c] *= scale;
+    rest[c] = raw.y[c] * raw_scale + mass * mean[c];
   }
 }
 
@@ -344,27 +422,23 @@ std::vector<mx::array> attend_codes(
     call.q = data(in[0]), call.rotated = data(in[1]);
     call.bias = biased ? data(in[18]) : nullptr;
     call.sinks = sunk ? data(in[18 + biased]) : nullptr;
-    const CodeSteps& steps = steps_in_use();
-    const int spans = call.spans(), R = call.R, heads = call.B * call.H;
-    const int n = out[0].shape(3), wide = rounded(n);
-    const int64_t pieces = int64_t(heads) * spans * R;
-    const std::unique_ptr<float[]> room(new float[pieces * (wide + 2)]);
-    float *y = room.get(), *tops = y + pieces * wide, *totals = tops + pieces;
-    auto source = [&](int side, int head) {
-      return Source(&in[2 + 8 * side], head / call.H, head % call.H, call.coded, steps);
-    };
-    const int64_t work = int64_t(heads) * R * call.columns() * n * 2;
-    each(heads * spans, work, [&](int task) {
-      const int head = task / spans;
-      const int64_t at = int64_t(task) * R;
-      run_span(call, steps, source(0, head), source(1, head), head / call.H, head % call.H,
-               task % spans, y + at * wide, tops + at, totals + at);
-    });
-    each(heads * R, int64_t(heads) * R * spans * n, [&](int row) {
-      const int head = row / R, r = row % R;
-      const int64_t at = int64_t(head) * spans * R;
-      merge(call, steps, source(1, head), y + at * wide, tops + at, totals + at, head % call.H, r,
-            out[0].data<float>() + int64_t(row) * n, out[1].data<float>() + int64_t(row) * n);
+    const Source keys(&in[2], call.H, call.coded), values(&in[10], call.H, call.coded);
+    const int n = values.n();
+    const Part raw{
+        (call.raw() + span - 1) / span, n,
+        [&](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
+          run_raw(call, keys, values, head, first, rows, index, y, tops, totals);
+        }};
+    const Part codes{
+        (call.coded + call.ahead + span - 1) / span, values.wide(),
+        [&](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
+          CodedSpan(call, keys, values, head, first, rows, index * span).run(y, tops, totals);
+        }};
+    const int heads = call.B * call.H;
+    const int64_t work = int64_t(heads) * call.R * call.columns() * n * 2;
+    run_parts(heads, call.R, work, {raw, codes}, [&](int head, int r, const Sum* sums) {
+      const int64_t at = (int64_t(head) * call.R + r) * n;
+      finish(call, values, head, r, sums, out[0].data<float>() + at, out[1].data<float>() + at);
     });
   };
   const mx::Shape shape{call.B, call.H, call.R, values.mean.shape(3)};

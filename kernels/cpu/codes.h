@@ -3,44 +3,12 @@
 
 #include <cstdint>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "mlx/array.h"
 #include "mlx/utils.h"
 
 namespace streamer {
-
-constexpr int tile = 32; // tokens unpacked at a time, a multiple of 4
-
-// Where tokens' codes lie: `channels` channels an index of `width` bits into points [2^width, channels].
-struct Codebook {
-  const float* points;
-  int width, channels;
-};
-
-// What an instruction set supplies. n and `wide` are a vector's channels, before and after rounding
-// up to 16 with zeros. A row's numbers don't depend on how many rows come with it.
-struct CodeSteps {
-  // u[j] = points of the indices in words + j * stride, for j < count: [count, wide].
-  void (*unpack)(
-      const uint32_t* words, int64_t stride, int count, const Codebook& book, int n, int wide, float* u);
-  // s[r * step + j] = dot(q[r], u[j]), for r < rows and j < count, a multiple of 4.
-  void (*scores)(const float* q, int rows, const float* u, int count, int wide, float* s, int64_t step);
-  // s[j] = s[j] * scales[j] + lift.
-  void (*place)(float* s, int n, const float* scales, float lift);
-  // s[j] = exp(s[j] - top) * scales[j], top being the largest of all n; gives top and the sum of exp.
-  void (*soften)(float* s, int n, const float* scales, float& top, float& sum);
-  // y[r] += sum over j < count of p[r * step + j] * u[j], [rows, wide].
-  void (*weigh)(const float* p, int64_t step, int rows, const float* u, int count, int wide, float* y);
-  float (*exponential)(float x); // x <= 0
-  float (*dot)(const float* a, const float* b, int n);
-};
-
-const CodeSteps& codes_portable();
-const CodeSteps& codes_avx2();
-const CodeSteps& codes_avx512();
-const CodeSteps& codes_neon();
 
 namespace mx = mlx::core;
 

@@ -1,4 +1,4 @@
-// codes.h, compiled for avx2.
+// code_steps.h, compiled for avx2.
 #if defined(__x86_64__)
 #include "codes_impl.h"
 

@@ -1,4 +1,4 @@
-// codes.h, compiled for avx512.
+// code_steps.h, compiled for avx512.
 #if defined(__x86_64__)
 #include "codes_impl.h"
 

@@ -1,4 +1,4 @@
-// codes.h, compiled for neon.
+// code_steps.h, compiled for neon.
 #if defined(__aarch64__)
 #include "codes_impl.h"
 

@@ -1,4 +1,4 @@
-// codes.h, compiled for the least CPU that Python runs on here.
+// code_steps.h, compiled for the least CPU that Python runs on here.
 #include "codes_impl.h"
 
 namespace streamer {
