@@ -45,7 +45,7 @@ def converse(session: Session, args: argparse.Namespace) -> int:
                     "/reset, or start with a larger --context"
                 )
                 continue
-            text = print_reply(session, tokens)
+            text = print_reply(session, tokens, live=args.live)
             print(flush=True)
             say(session.closing())
             messages.append({"role": "assistant", "content": text})

@@ -1,4 +1,4 @@
-"""The console script: `streamer run|plan|bench|convert ...`."""
+"""The console script: `streamer run|plan|profile|bench|convert ...`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "run": "generate text or chat with a model larger than memory",
     "plan": "show what a memory budget buys",
+    "profile": "show where memory, reads and time go, as a page",
     "bench": "measure streamed against in-memory decoding",
     "convert": "rewrite a checkpoint whose experts cannot be paged in place",
 }

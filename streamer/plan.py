@@ -6,7 +6,10 @@
 The division is the loader's own (`streamer.budget.divide`). Disk speed and
 multiply-add rate are measured here, in under a second; tokens per second is a
 range, since hit rates depend on the text: from uniform routing at one end to
-the skewed use seen on a trained model at the other.
+the skewed use seen on a trained model at the other. A profile of a run of the same
+model (`streamer.profile --json`) replaces the range by what its text would give:
+
+    python -m streamer.plan --model PATH --memory 16GB --profile profile.json
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .console import Parser, command, number
+from .errors import UsageError
 from .kv import bits_option
 
 # Share of a layer's chosen experts found in an LRU pool that holds a share of
@@ -46,6 +52,9 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--kv-bits", type=bits_option, default="auto", metavar="auto|16|8|4|3.5|3|2.5|2")
     p.add_argument("--mtp", choices=("auto", "off"), default="off", help="plan for the MTP head")
+    p.add_argument(
+        "--profile", type=Path, metavar="FILE", help="foretell from this JSON of streamer profile"
+    )
     p.add_argument("--json", action="store_true")
     return p
 
@@ -65,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     open_tokenizer(opened)  # its memory belongs to the runtime that is measured
     spare = default_budget()[0] if args.memory is None else None
     budget = divide(opened, args.memory, args.context, spare=spare, kv_bits=args.kv_bits)
-    forecast = foresee(opened, budget)
+    forecast = from_profile(args.profile, opened, budget) if args.profile else None
+    forecast = forecast or foresee(opened, budget)
     if args.json:
         print(json.dumps({"budget": asdict(budget), **describe(opened), **asdict(forecast)}))
     else:
@@ -92,6 +102,27 @@ def foresee(opened: Any, budget: Any) -> Forecast:
         rate, reason = choice.bandwidth_bytes_per_s, choice.reason
     speed = tuple(1 / (compute + r / rate) for r in reads)
     return Forecast(hits, reads, compute, (speed[0], speed[1]), rate, reason)
+
+
+def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
+    """What the text of a profiled run should give in `budget`, on the machine it ran on.
+
+    Raises UsageError for a file that is no profile, or another model's.
+    """
+    from .forecast import at_share
+
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        fingerprint = document["model"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is not the JSON of streamer profile") from error
+    if fingerprint != opened.checkpoint.fingerprint:
+        raise UsageError(f"{file} is the profile of another checkpoint than {opened.path}")
+    here = at_share(document, sum(budget.slots) / max(1, opened.experts))
+    hits, read, speed, step = here
+    rate = document["costs"].get("disk_bytes_per_second", float("inf"))
+    reason = f"as in the run that {file} tells of"
+    return Forecast((hits, hits), (read, read), step, (speed, speed), rate, reason)
 
 
 def active_weights(opened: Any) -> int:
@@ -125,19 +156,22 @@ def _expert_weights(opened: Any, switch: Any) -> int:
 
 
 def multiply_rate() -> float:
-    """Weights per second of a 4-bit matrix-vector product, measured."""
+    """Weights per second of 4-bit matrix-vector products, measured by what decoding runs on."""
     import mlx.core as mx
 
-    n = 2048
-    packed = mx.quantize(mx.random.normal((n, n)), 64, 4)
+    from kernels import fast
+
+    n, each = 2048, 16  # 34 MB, more than caches keep from step to step
+    packed = [mx.quantize(mx.random.normal((n, n)), 64, 4) for _ in range(each)]
     x = mx.ones((1, n))
     mx.eval(packed, x)
     best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        mx.eval(mx.quantized_matmul(x, *packed, group_size=64, bits=4))
-        best = min(best, time.perf_counter() - began)
-    return n * n / best
+    with fast.installed():
+        for _ in range(4):
+            began = time.perf_counter()
+            mx.eval([mx.quantized_matmul(x, *p, group_size=64, bits=4) for p in packed])
+            best = min(best, time.perf_counter() - began)
+    return each * n * n / best
 
 
 def describe(opened: Any) -> dict[str, Any]:
@@ -183,12 +217,11 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
             ("disk", forecast.reason),
             (
                 "reads",
-                f"{forecast.read_bytes[1] / 1e6:.1f} to {forecast.read_bytes[0] / 1e6:.1f} MB a "
-                f"token (hit rate {forecast.hit_rate[0]:.0%} to {forecast.hit_rate[1]:.0%})",
+                f"{_range([r / 1e6 for r in forecast.read_bytes[::-1]], '.1f')} MB a token "
+                f"(hit rate {_range(forecast.hit_rate, '.0%')})",
             ),
         ]
-    low, high = forecast.tokens_per_second
-    rows.append(("speed", f"{low:.1f} to {high:.1f} tokens/s"))
+    rows.append(("speed", f"{_range(forecast.tokens_per_second, '.1f')} tokens/s"))
     return "\n".join(f"{name:12} {text}" for name, text in rows)
 
 
@@ -208,6 +241,11 @@ def _kv_row(opened: Any, budget: Any) -> str:
     else:
         size = full
     return f"{size} for {budget.context} tokens"
+
+
+def _range(ends: Sequence[float], form: str) -> str:
+    low, high = (format(end, form) for end in ends)
+    return low if low == high else f"{low} to {high}"
 
 
 def _head_rows(opened: Any, budget: Any) -> list[tuple[str, str]]:

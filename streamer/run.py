@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +30,27 @@ DEMO = Path(__file__).parent / "demo"
 
 def parser() -> Parser:
     p = Parser(prog="streamer run", description="Run a model larger than memory.")
-    p.add_argument("--model", help="folder or repository; the embedded demo when left out")
     p.add_argument("--prompt", help="the prompt, or - to read it from stdin")
     p.add_argument("--chat", action="store_true", help="keep a conversation")
     p.add_argument("--system", help="system prompt of the chat")
+    p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
+    p.add_argument(
+        "--live", action="store_true", help="show speed, hits and reads in the terminal meanwhile"
+    )
+    add_options(p)
+    return p
+
+
+def add_options(p: Parser, max_tokens: int = 256) -> None:
+    """What a session needs; `streamer.profile` takes the same."""
+    p.add_argument("--model", help="folder or repository; the embedded demo when left out")
     p.add_argument("--raw", action="store_true", help="do not apply the model's chat template")
     p.add_argument(
         "--memory",
         help="bound on the whole process: 8GB, 50%% (of the experts), min; what can be spared "
         "when left out",
     )
-    p.add_argument("--max-tokens", type=number(1, 1 << 30, int), default=256)
+    p.add_argument("--max-tokens", type=number(1, 1 << 30, int), default=max_tokens)
     p.add_argument(
         "--context", type=number(1, 1 << 30, int), help="tokens to plan the KV cache for"
     )
@@ -91,8 +103,6 @@ def parser() -> Parser:
         "most (auto: one per model in the cache folder; STREAMER_HEAT sets the default)",
     )
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
-    p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
-    return p
 
 
 def _depth(text: str) -> str | int:
@@ -127,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _once(session: Session, args: Any, load_seconds: float) -> int:
-    shown = print_reply(session, session.prompt_tokens)
+    shown = print_reply(session, session.prompt_tokens, live=args.live)
     if shown:
         print(flush=True)
     say(session.closing())
@@ -136,30 +146,47 @@ def _once(session: Session, args: Any, load_seconds: float) -> int:
     return 130 if session.interrupted else 0
 
 
-def print_reply(session: Session, tokens: list[int]) -> str:
+def print_reply(session: Session, tokens: list[int], *, live: bool = False) -> str:
     """Generate after `tokens`, printing as it comes; Ctrl-C ends it. Returns the text."""
     text = ""
     with interruptible() as stopped:
         try:
-            with bar("prompt") as update:
+            with _shown(session, live) as (update, write):
 
                 def on_prompt(done: int, total: int) -> None:
-                    update(done, total, "tokens")
+                    update(done, total)
                     if stopped():
                         raise Interrupted
 
-                pieces = session.reply(tokens, on_prompt)
-                first = next(pieces, "")
-            text = first
-            print(first, end="", flush=True)
-            for piece in pieces:
-                text += piece
-                print(piece, end="", flush=True)
-                if stopped():
-                    raise Interrupted
+                for piece in session.reply(tokens, on_prompt):
+                    text += piece
+                    write(piece)
+                    if stopped():
+                        raise Interrupted
         except Interrupted:
             session.interrupt()
     return text
+
+
+@contextmanager
+def _shown(
+    session: Session, live: bool
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """What is told of the prompt's progress, and what is given the text."""
+    if live:
+        from .live import live_view
+
+        with live_view(session) as view:
+            yield view.prompt, view.write
+        return
+    with ExitStack() as prompt:
+        update = prompt.enter_context(bar("prompt"))
+
+        def write(piece: str) -> None:
+            prompt.close()  # the bar is gone before there is text
+            print(piece, end="", flush=True)
+
+        yield lambda done, total: update(done, total, "tokens"), write
 
 
 if __name__ == "__main__":

@@ -247,6 +247,11 @@ class Session:
         if self.kept is not None and self._cached:
             self.kept.save(self._cache, self._cached, self.speculation, messages)
 
+    @property
+    def caches(self) -> list[Any]:
+        """KV caches of the conversation, the head's included."""
+        return [*self._cache, *(self.speculation.drafter.cache if self.speculation else [])]
+
     def interrupt(self) -> None:
         """The reply was cut short."""
         self.interrupted = True

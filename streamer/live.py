@@ -1,0 +1,217 @@
+"""What a generation is doing, in the terminal while its text is made: `streamer.run --live`.
+
+    with live_view(session) as view:
+        for piece in session.reply(tokens, view.prompt):
+            view.write(piece)
+
+On a terminal the text scrolls as it would without, and a few lines beneath it say how fast
+it comes, how many experts were found in memory and how full each layer's are, how deep the
+queue of reads is and how many drafts are accepted. They are gone when the text is done. The
+cursor stays visible and no mode of the terminal is changed, so that nothing has to be put
+back, whatever ends the program. Text that goes elsewhere (a file, a pipe) goes there as it
+is, with the lines on standard error where that is a terminal, and without them where not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .footprint import footprint, format_size
+from .session import Session
+
+REFRESH = 8  # times a second
+WINDOW = 3.0  # seconds that rates are taken over
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Moment(NamedTuple):
+    """Counts so far. in_flight, queued: seconds that reads were under way and waited before."""
+
+    seconds: float
+    tokens: int
+    hits: int
+    misses: int
+    drafted: int
+    accepted: int
+    nbytes: int
+    in_flight: float
+    queued: float
+
+
+class Meter:
+    """A `streamer.watch.Watch` that adds up reads, and what a session has counted otherwise."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._lock = threading.Lock()
+        self._read = (0, 0.0, 0.0)
+        self._moments: deque[Moment] = deque()
+
+    def step(self, kind: str, rows: int, seconds: float) -> None:
+        return
+
+    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
+        return
+
+    def waited(self, seconds: float) -> None:
+        return
+
+    def read(self, nbytes: int, queued: float, seconds: float) -> None:
+        with self._lock:
+            before = self._read
+            self._read = (before[0] + nbytes, before[1] + seconds, before[2] + queued)
+
+    def span(self) -> tuple[Moment, Moment]:
+        """Counts some seconds ago, and now."""
+        session = self._session
+        counters, drafts = session.streamer.counters, session.drafts
+        now = Moment(
+            time.perf_counter(),
+            session.timing.generated_tokens,
+            counters.hits,
+            counters.misses,
+            drafts.drafted,
+            drafts.accepted,
+            *self._read,
+        )
+        self._moments.append(now)
+        while len(self._moments) > 2 and self._moments[1].seconds < now.seconds - WINDOW:
+            self._moments.popleft()
+        return self._moments[0], now
+
+
+class View:
+    """Text and what is beneath it. Without a console the text is printed and that is all."""
+
+    def __init__(self, session: Session, console: Console | None, *, own_text: bool):
+        """own_text: the text goes to the console too, above the lines."""
+        self._session, self._console, self._own_text = session, console, own_text
+        self._meter = Meter(session)
+        self._line = ""  # the text's last, unfinished line
+        self._done = self._total = 0
+        self._lock = threading.Lock()
+
+    def prompt(self, done: int, total: int) -> None:
+        """Tokens of the prompt that were read."""
+        self._done, self._total = done, total
+
+    def write(self, piece: str) -> None:
+        """More text. Whole lines scroll away, the last one is drawn with the lines beneath."""
+        if not self._own_text or self._console is None:
+            print(piece, end="", flush=True)
+            return
+        whole, newline, rest = (self._line + piece).rpartition("\n")
+        self._line = rest
+        if newline:
+            self._console.print(Text(whole), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[View]:
+        if self._console is None:
+            yield self
+            return
+        streamer = self._session.streamer
+        before, streamer.watch = streamer.watch, self._meter
+        live = Live(
+            get_renderable=self._drawn,
+            console=self._console,
+            refresh_per_second=REFRESH,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
+        try:
+            with live:
+                yield self
+        finally:
+            streamer.watch = before
+            if self._own_text and self._line:
+                print(self._line, end="", flush=True)
+            self._line = ""
+
+    def _drawn(self) -> RenderableType:
+        status = self._status()
+        if not self._line or self._console is None:
+            return status
+        size = self._console.size
+        room = max(1, size.height - 5) * size.width  # a line longer than the screen: its end
+        return Group(Text(self._line[-room:], overflow="fold"), status)
+
+    def _status(self) -> RenderableType:
+        old, now = self._meter.span()
+        streamer = self._session.streamer
+        seconds = max(1e-3, now.seconds - old.seconds)
+        cells: list[tuple[str, str]] = []
+        if now.tokens:
+            cells.append(("speed", f"{(now.tokens - old.tokens) / seconds:.1f} tok/s"))
+        else:
+            cells.append(("prompt", f"{self._done} of {self._total} tokens"))
+        asked = now.hits + now.misses - old.hits - old.misses
+        if asked:
+            cells.append(("hits", f"{(now.hits - old.hits) / asked:.0%}"))
+        if not streamer.resident:
+            in_flight = (now.in_flight - old.in_flight) / seconds
+            queued = (now.queued - old.queued) / seconds
+            rate = (now.nbytes - old.nbytes) / seconds / 1e9
+            cells.append(("reads", f"{in_flight:.1f} under way, {queued:.1f} queued"))
+            cells.append(("disk", f"{rate:.2f} GB/s"))
+        if drafted := now.drafted - old.drafted:
+            cells.append(("drafts", f"{(now.accepted - old.accepted) / drafted:.0%} accepted"))
+        limit = format_size(streamer.budget.limit)
+        cells.append(("memory", f"{format_size(footprint())} of {limit}"))
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for i, (name, value) in enumerate(cells):
+            line.append("   " if i else "").append(f"{name} ", "dim").append(value, "bold")
+        table = Table.grid()
+        table.add_row(Text("─" * (self._console.width if self._console else 0), "dim"))
+        table.add_row(line)
+        if streamer.executors:
+            table.add_row(self._residency())
+        return table
+
+    def _residency(self) -> Text:
+        """Of each layer, how many of its experts are in memory."""
+        shares: dict[int, float] = {}
+        for run in self._session.streamer.executors:
+            for i, number in enumerate(run.numbers):
+                shares[number] = run.pool.resident[i] / len(run.pool.slot_of[i])
+        held = sum(sum(run.pool.resident) for run in self._session.streamer.executors)
+        bars = "".join(BARS[round(shares[i] * (len(BARS) - 1))] for i in sorted(shares))
+        text = Text(no_wrap=True, overflow="ellipsis")
+        text.append("in memory ", "dim")
+        text.append(f"{held} of {self._session.streamer.total} experts ", "bold")
+        return text.append(bars).append(" by layer", "dim")
+
+
+class _SteadyConsole(Console):
+    """Leaves the cursor as it is: one that was hidden would stay so if the program is killed."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def live_view(session: Session) -> Iterator[View]:
+    """The view of a session's next reply, on whichever of the outputs is a terminal."""
+    console, own_text = None, False
+    if sys.stdout.isatty():
+        console, own_text = _SteadyConsole(highlight=False, markup=False, emoji=False), True
+    elif sys.stderr.isatty():
+        console = _SteadyConsole(stderr=True, highlight=False, markup=False, emoji=False)
+    if console is not None and (console.is_dumb_terminal or not console.is_terminal):
+        console, own_text = None, False
+    with View(session, console, own_text=own_text).shown() as view:
+        yield view

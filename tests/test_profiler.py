@@ -1,0 +1,187 @@
+"""Watching: what a profiler keeps, what it costs, and how memory is sampled."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from streamer import owners
+from streamer.engine import generate
+from streamer.loading import load_streamed
+from streamer.owners import OWNERS, Ledger, Sampler
+from streamer.profiler import PARTS, Profiler
+from streamer.recorder import Recorder
+from streamer.replay import replay
+from streamer.run import DEMO
+from tools import inflate
+
+TOKENS = np.random.default_rng(4).integers(5, 900, 40).tolist()
+MB = 1 << 20
+
+
+def run(model: Any, count: int) -> list[int]:
+    steps = generate(model, TOKENS, make_prompt_cache(model), max_tokens=count)
+    return [step.token for step in steps]
+
+
+@pytest.mark.smoke
+def test_the_routes_are_a_recorders() -> None:
+    """And replayed on the run's pool they miss what the run missed."""
+    watched: Any = load_streamed(DEMO, slots=120)
+    recorded: Any = load_streamed(DEMO, slots=120)
+    watched.streamer.watch = profiler = Profiler(watched)
+    run(watched, 20)
+    recorder = Recorder(recorded)
+    with recorder.attached() as wanted:
+        recorder.begin(len(TOKENS))
+        run(recorded, 20)
+    found = profiler.routes()
+    assert [p.kind for p in found.passes] == [p.kind for p in wanted.passes]
+    assert [p.kept for p in found.passes] == [p.kept for p in wanted.passes]
+    assert len(found.calls) == len(wanted.calls)
+    for mine, theirs in zip(found.calls, wanted.calls, strict=True):
+        assert mine.step == theirs.step and mine.layer == theirs.layer
+        assert mine.experts.tolist() == theirs.experts.tolist()
+    counters = watched.streamer.counters
+    again = replay(found, [120])
+    assert (again.hits, again.misses) == (counters.hits, counters.misses)
+    missed = sum(n.sum() for n in profiler.missed)
+    assert missed == counters.misses == sum(s.misses for s in profiler.steps)
+
+
+@pytest.mark.smoke
+def test_parts_of_steps_told_by_hand() -> None:
+    """A wait inside a draft is a wait, and a rehearsal inside a pass is no compute."""
+    profiler = Profiler(load_streamed(DEMO, slots=40))
+    began = time.perf_counter()
+    time.sleep(0.02)
+    profiler.waited(0.005)
+    profiler.step("draft", 2, 0.02)
+    time.sleep(0.03)
+    profiler.step("rehearse", 3, 0.01)
+    profiler.waited(0.004)
+    profiler.step("verify", 3, 0.03)
+    profiler.accepted(1)
+    whole = time.perf_counter() - began
+    [step] = profiler.steps
+    parts = dict(zip(PARTS, step.parts, strict=True))
+    assert parts["waiting"] == pytest.approx(0.009)
+    assert parts["drafting"] == pytest.approx(0.015)
+    assert parts["rehearsing"] == pytest.approx(0.01)
+    assert parts["compute"] == 0 and 0 < parts["verifying"] <= 0.03
+    assert sum(step.parts) == pytest.approx(whole, abs=0.005)
+    assert [p.kept for p in profiler.routes().passes] == [0, 2]
+
+
+def test_watching_costs_less_than_a_fiftieth(tmp_path: Path) -> None:
+    """All that was told in a run told once more, and as many samples, against the run's time.
+
+    With experts of 200 kB: the demo's own are read in so many small pieces that being told of
+    them is 1% of its time.
+    """
+    inflate.main([str(DEMO), str(tmp_path / "model"), "--expert-bytes", "200KB"])
+    model: Any = load_streamed(tmp_path / "model", slots=160)
+    told: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Keeping:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: told.append((name, args))
+
+    run(model, 20)
+    began = time.perf_counter()
+    run(model, 100)
+    seconds = time.perf_counter() - began
+    model.streamer.watch = Keeping()  # type: ignore[assignment]
+    run(model, 100)
+    model.streamer.watch = None
+    assert {name for name, _ in told} == {"step", "chose", "waited", "read"}
+
+    def tell() -> float:
+        profiler = Profiler(model)
+        began = time.perf_counter()
+        for name, args in told:
+            getattr(profiler, name)(*args)
+        return time.perf_counter() - began
+
+    ledger = Ledger(model, list, model.streamer.opened.files)
+
+    def sample() -> float:
+        began = time.perf_counter()
+        for _ in range(owners.HEAP_EVERY):
+            ledger.sample(0.0)
+        return (time.perf_counter() - began) / owners.HEAP_EVERY
+
+    telling, sampling = min(tell() for _ in range(5)), min(sample() for _ in range(20))
+    assert telling + sampling * seconds / owners.PERIOD < 0.02 * seconds
+
+
+# Memory
+
+
+@pytest.mark.smoke
+def test_owners_hold_what_was_given_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_streamed(DEMO, slots=160)
+    caches: list[Any] = []
+    monkeypatch.setattr(owners, "HEAP_EVERY", 1)
+    ledger = Ledger(model, lambda: caches, model.streamer.opened.files)
+    before = ledger.sample(0.0)
+    assert before.owners["pool"] == model.streamer.executors[0].arrays.nbytes
+    assert before.owners["trunk"] == model.streamer.opened.trunk_bytes
+    held = mx.zeros((40 * MB,), dtype=mx.uint8)
+    mx.eval(held)
+    worked = ledger.sample(0.0)
+    assert worked.owners["workspace"] - before.owners["workspace"] == pytest.approx(40 * MB, abs=MB)
+    assert worked.footprint - before.footprint == pytest.approx(40 * MB, abs=4 * MB)
+
+    class Cache:
+        nbytes = held.nbytes
+
+    caches.append(Cache())
+    kept = ledger.sample(0.0)
+    assert kept.owners["kv"] == 40 * MB
+    assert kept.owners["workspace"] == pytest.approx(before.owners["workspace"], abs=MB)
+    own = bytearray(b"x") * (30 * MB)
+    grown = ledger.sample(0.0)
+    assert grown.owners["runtime"] - kept.owners["runtime"] == pytest.approx(30 * MB, abs=MB)
+    del own
+    for sample in (before, worked, kept, grown):
+        assert sum(sample.owners.values()) == pytest.approx(sample.footprint, rel=0.05)
+        assert set(sample.owners) == set(OWNERS)
+
+
+@pytest.mark.smoke
+def test_the_page_cache_of_files_is_seen(tmp_path: Path) -> None:
+    model: Any = load_streamed(DEMO, slots=40)
+    file = tmp_path / "data"
+    file.write_bytes(b"x" * (8 * MB))
+    ledger = Ledger(model, list, [file])
+    found = ledger.sample(0.0).page_cache
+    if found is None:
+        pytest.skip("this system does not say what it caches (Linux 6.5 does)")
+    assert found == 8 * MB
+
+
+@pytest.mark.smoke
+def test_long_runs_keep_few_samples_and_their_peaks() -> None:
+    class Counting:
+        count = 0
+
+        def sample(self, seconds: float) -> Any:
+            self.count += 1
+
+            class Sample:
+                footprint = self.count if self.count != 23 else 1000
+
+            return Sample()
+
+    ledger: Any = Counting()
+    with Sampler(ledger, period=0.001, most=16) as sampler:
+        time.sleep(0.15)
+    assert ledger.count > 24 and len(sampler.samples) <= 16
+    assert max(s.footprint for s in sampler.samples) == 1000
