@@ -65,6 +65,7 @@ def hit_step(model: Any, tokens: Sequence[int], depth: int = 0) -> float:
 def _step(model: Any, tokens: Sequence[int], depth: int) -> float:
     """Drafts that are all wrong take what right ones do."""
     streamer, before = model.streamer, model.streamer.watch
+    counters = replace(streamer.counters)
     speculation = Speculation(model, streamer.opened.head, depth) if depth else None
     profiler = Profiler(model)
     following = itertools.cycle(tokens[PROMPT:] or tokens)
@@ -90,6 +91,7 @@ def _step(model: Any, tokens: Sequence[int], depth: int) -> float:
                     break
     finally:
         streamer.watch = before
+        vars(streamer.counters).update(vars(counters))
     return statistics.mean(times)
 
 
@@ -157,7 +159,6 @@ class _AllThere:
 @contextlib.contextmanager
 def _all_there(runs: Sequence[Executor]) -> Iterator[None]:
     pools, uses = [run.pool for run in runs], [[n.copy() for n in run.uses] for run in runs]
-    counters = replace(runs[0].counters) if runs else None
     for run in runs:
         run._settle()
         run.release()
@@ -170,5 +171,3 @@ def _all_there(runs: Sequence[Executor]) -> Iterator[None]:
             run._settle()
             run._tables.clear()
             run.pool, run.uses = pool, used
-        if counters is not None:
-            vars(runs[0].counters).update(vars(counters))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -122,8 +122,9 @@ class Executor:
                 self.ahead.drop(wait=True)
             misses = [e for e in need if table[e] < 0]
             hits = [e for e in need if table[e] >= 0]
-        fresh = self._used(layer, hits) if self.fresh else 0
-        self._count(layer, ids, len(hits) - fresh, len(misses) + fresh)
+        fresh = self._used(layer, hits) if self.fresh else frozenset()
+        self._count(layer, ids, len(hits) - len(fresh), len(misses) + len(fresh))
+        self.fresh -= fresh
         self.pool.touch(layer, hits)
         if not misses:
             return self._track(inner(x, self._slots(layer, ids)))
@@ -197,20 +198,20 @@ class Executor:
                 self.fresh.add((layer, expert))
                 self.pool.expect(layer, [expert])
 
-    def _used(self, layer: int, hits: list[int]) -> int:
-        """How many of the resident experts asked for were read ahead for this."""
+    def _used(self, layer: int, hits: list[int]) -> Set[tuple[int, int]]:
+        """Which of the resident experts asked for were read ahead for this."""
         used = {(layer, e) for e in hits} & self.fresh
-        self.fresh -= used
         self.counters.prefetch_used += len(used)
-        return len(used)
+        return used
 
     def settled(self, note: Note, hits: list[int]) -> None:
         """A rehearsed call was the true one."""
-        fresh = self._used(note.layer, hits) if self.fresh else 0
+        fresh = self._used(note.layer, hits) if self.fresh else frozenset()
         ids = np.array(note.indices)
         self.pool.chose(note.layer, ids)
         np.add.at(self.uses[note.layer], ids.reshape(-1), 1)
-        self._count(note.layer, ids, len(hits) - fresh, fresh)
+        self._count(note.layer, ids, len(hits) - len(fresh), len(fresh))
+        self.fresh -= fresh
         self.pool.touch(note.layer, hits)
         self._track(note.y)
 

@@ -17,9 +17,10 @@ memory that is being measured.
 
 from __future__ import annotations
 
-import threading
 import time
 from array import array
+from collections import deque
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from .routes import Call, Group, Pass, Routes
 
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
 LOOK = 4  # generated steps for each look at what is resident
-BATCH = 8  # steps for each count of what was told
+BATCH = 16  # steps for each count of what was told
 COLUMNS, ASKED = 12, 9  # numbers kept of a step; which of them is `asked`
 KINDS = ("prefill", "decode", "verify", "draft")  # as in `streamer.routes`
 
@@ -90,7 +91,7 @@ class Profiler:
         self._count = 0  # of steps
         self._generated = self._looked = 0  # generated steps; those after which residency was seen
         self._steps = array("d")
-        self._lock = threading.Lock()
+        self._ended: deque[tuple[int, float, float]] = deque()  # reads, since the last count
         self._reads = array("d")
         self._prompt = 0  # reads before the first generated token
         self._calls = array("i")  # pass, layer, rows, k
@@ -138,12 +139,14 @@ class Profiler:
         if kind != "prefill":
             self._generated += 1
             if self._generated == 1:
+                self._drain()
                 self._prompt = len(self._reads) // 3
             if self._generated % LOOK == 1:
                 self._look()
         self._count += 1
         if kind == "prefill" or self._count % BATCH == 0:
             self._note()
+            self._drain()
         self._mark, self._cpu = now, cpu
         self._clear()
 
@@ -152,6 +155,9 @@ class Profiler:
         if misses:
             run, at = self._places[layer]
             slots = run.pool.slot_of[at][ids]
+            for inside, expert in run.fresh:  # read ahead for this: a miss too
+                if inside == at:
+                    slots[ids == expert] = -1
             self._misses += misses
             self._missing += 1
         self._told.append(_Told(layer, ids, slots, self._routed, self._count))
@@ -176,7 +182,7 @@ class Profiler:
         if len(absent):
             calls, missed = np.divmod(absent, self._width)
             np.add.at(self._missed, (layers[calls], missed), 1)
-        distinct = np.count_nonzero(chosen, axis=1).tolist()
+        distinct = (chosen > 0).sum(axis=1).tolist()
         for call, size, asked in zip(told, sizes, distinct, strict=True):
             k = call.ids.shape[-1]
             self._calls.extend((call.within, call.layer, size // k, k))
@@ -189,12 +195,16 @@ class Profiler:
         self._inside += seconds
 
     def read(self, nbytes: int, queued: float, seconds: float) -> None:
-        with self._lock:
-            self._reads.extend((nbytes, queued, seconds))
+        self._ended.append((nbytes, queued, seconds))
 
     def accepted(self, drafts: int) -> None:
         """Of the last verify pass."""
         self._passes[-1] = 1 + drafts
+
+    def _drain(self) -> None:
+        """Keep the reads told of so far in less memory; others may be told of meanwhile."""
+        ended = self._ended
+        self._reads.extend(chain.from_iterable(ended.popleft() for _ in range(len(ended))))
 
     def _look(self) -> None:
         """Note which experts are in memory."""
@@ -218,8 +228,8 @@ class Profiler:
     @property
     def reads(self) -> list[Read]:
         """In the order they were told of."""
-        with self._lock:
-            rows = np.array(self._reads).reshape(-1, 3).tolist()
+        self._drain()
+        rows = np.array(self._reads).reshape(-1, 3).tolist()
         return [Read(int(n), q, t, i >= self._prompt) for i, (n, q, t) in enumerate(rows)]
 
     def residency(self) -> list[np.ndarray]:

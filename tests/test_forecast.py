@@ -163,5 +163,6 @@ def test_timing_a_step_leaves_the_model_as_it_was(
     assert before == after, "nothing was read, and nothing is counted"
     assert model.streamer.watch is None
     assert tokens(model) == tokens(fresh)
-    theirs = fresh.streamer.counters
-    assert (counters.hits, counters.misses) == (theirs.hits, theirs.misses)
+    if executor == "layerwise":  # what is read ahead depends on when reads end
+        theirs = fresh.streamer.counters
+        assert (counters.hits, counters.misses) == (theirs.hits, theirs.misses)

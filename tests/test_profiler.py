@@ -93,20 +93,23 @@ def test_watching_costs_less_than_a_fiftieth(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return lambda *args: told.append((name, args))
 
-    run(model, 20)
-    began = time.perf_counter()
-    run(model, 100)
-    seconds = time.perf_counter() - began
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        run(model, count)
+        return time.perf_counter() - began
+
+    timed(20)
     model.streamer.watch = Keeping()  # type: ignore[assignment]
-    run(model, 100)
+    timed(100)
     model.streamer.watch = None
     assert {name for name, _ in told} == {"step", "chose", "waited", "read"}
 
     def tell() -> float:
         profiler = Profiler(model)
+        calls = [(getattr(profiler, name), args) for name, args in told]
         began = time.perf_counter()
-        for name, args in told:
-            getattr(profiler, name)(*args)
+        for call, args in calls:
+            call(*args)
         return time.perf_counter() - began
 
     ledger = Ledger(model, list, model.streamer.opened.files)
@@ -117,8 +120,13 @@ def test_watching_costs_less_than_a_fiftieth(tmp_path: Path) -> None:
             ledger.sample(0.0)
         return (time.perf_counter() - began) / owners.HEAP_EVERY
 
-    telling, sampling = min(tell() for _ in range(5)), min(sample() for _ in range(20))
-    assert telling + sampling * seconds / owners.PERIOD < 0.02 * seconds
+    def share() -> float:
+        """Other work on the machine slows either, so the two are taken close together."""
+        seconds = timed(100)
+        telling, sampling = min(tell() for _ in range(5)), min(sample() for _ in range(20))
+        return telling / seconds + sampling / owners.PERIOD
+
+    assert min(share() for _ in range(5)) < 0.02
 
 
 # Memory
