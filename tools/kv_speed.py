@@ -87,9 +87,7 @@ class Floors:
         """x: an evaluated float32 array that no cache holds."""
         if (native := backend.native()) is not None and backend.available():
             self.read.append(native.read_seconds(x) / x.nbytes)
-            self.multiply.append(
-                native.multiply_seconds(ROUNDS) / (ROUNDS * 128 * backend.threads())
-            )
+            self.multiply.append(1 / native.multiply_rate(ROUNDS))
 
     def ms(self, nbytes: int, multiplies: float) -> float | None:
         """The larger of the two, in milliseconds; None on a GPU."""
