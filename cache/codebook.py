@@ -67,16 +67,19 @@ def pairs(bits: float) -> Codebook:
 
 @lru_cache
 def lloyd_max(bits: int) -> Codebook:
-    """The least-error levels for N(0, 1), by Lloyd's iteration with exact centroids."""
+    """The least-error levels for N(0, 1): each is the mean of what is nearest to it.
+
+    Newton's steps, as Lloyd's iteration takes thousands (seconds) at 8 bits.
+    """
     count = 2**bits
     edges = np.array([math.sqrt(3) * _quantile(i / count) for i in range(1, count)])
     levels = _centroids(edges)
-    for _ in range(20000):
+    for _ in range(50):
         edges = (levels[1:] + levels[:-1]) / 2
-        moved = _centroids(edges)
-        done = np.abs(moved - levels).max() < 1e-7
-        levels = moved
-        if done:
+        moved, slope = _centroids(edges), _slope(edges)
+        step = np.linalg.solve(np.eye(count) - slope, moved - levels)
+        levels = levels + step
+        if np.abs(step).max() < 1e-7:
             break
     edges = (levels[1:] + levels[:-1]) / 2
     return Codebook(levels.astype(np.float32)[:, None], bits, 1, edges.astype(np.float32))
@@ -90,6 +93,20 @@ def _centroids(edges: np.ndarray) -> np.ndarray:
     above = np.array([1.0, *(math.erfc(e / math.sqrt(2)) / 2 for e in edges), 0.0])
     mass = np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
     return -np.diff(density) / mass
+
+
+def _slope(edges: np.ndarray) -> np.ndarray:
+    """How the means between edges, the middles of levels, move with the levels: [n, n]."""
+    inner = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
+    means = _centroids(edges)
+    mass = -np.diff(np.concatenate([[0], inner, [0]])) / means
+    slope = np.zeros((len(means), len(means)))
+    for i, (edge, density) in enumerate(zip(edges, inner, strict=True)):
+        for cell, sign in ((i, 1), (i + 1, -1)):
+            moves = sign * density * (edge - means[cell]) / mass[cell] / 2
+            slope[cell, i] += moves
+            slope[cell, i + 1] += moves
+    return slope
 
 
 def _quantile(p: float) -> float:

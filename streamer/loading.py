@@ -30,7 +30,13 @@ from .disk import Disk
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
-from .footprint import default_budget, footprint, format_size, return_freed_memory
+from .footprint import (
+    default_budget,
+    footprint,
+    format_size,
+    return_freed_memory,
+    trim_heap,
+)
 from .heat import Heat
 from .hub import resolve
 from .kv import FULL, KVBits, read_bits
@@ -105,6 +111,7 @@ class Streamer:
         if footprint() <= self.budget.limit:
             return
         mx.clear_cache()
+        trim_heap()
         now = footprint()
         if now > self.budget.limit:
             raise BudgetError(

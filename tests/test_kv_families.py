@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from families import FAMILIES, METAL_ONLY, make_tiny
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from test_mtp_assistant import make_target
 from test_mtp_decode import drafting, tokens_of
 
 from cache import make
@@ -138,3 +139,13 @@ def test_the_demo_drafts_and_rehearses_the_same_tokens(bits: float) -> None:
         speculation = Speculation(model, model.streamer.opened.head, 3)
         assert tokens_of(model, 150, speculation=speculation)[0] == expected
         assert speculation.counters.accepted > 10
+
+
+def test_an_assistant_reads_the_codes(tmp_path: Path) -> None:
+    """Gemma 4's drafter attends over the trunk's own caches."""
+    model = load_streamed(make_target(tmp_path), mtp=True, kv_bits=2.5)
+    expected, _, cache = tokens_of(model, 90, PROMPT)
+    assert sum(isinstance(c, CompressedKVCache) for c in cache) == 1
+    speculation = Speculation(model, model.streamer.opened.head, 3)
+    assert tokens_of(model, 90, PROMPT, speculation=speculation)[0] == expected
+    assert speculation.counters.drafted > 90
