@@ -32,8 +32,8 @@ from .footprint import PAGE, footprint
 from .opened import in_head, trunk_parameters
 
 OWNERS = ("runtime", "trunk", "head", "pool", "kv", "workspace", "free")
-PERIOD = 0.04  # seconds between samples, at first
-HEAP_EVERY = 5  # samples for each walk over malloc's free blocks, which is slow
+PERIOD = 0.02  # seconds between samples, at first
+HEAP_EVERY = 10  # samples for each walk over malloc's free blocks, which is slow
 MOST = 480  # samples kept: past it every other one goes and the period doubles
 STEADY = 0.01  # a sample during which the footprint changed by more is taken again
 TRIES = 5
