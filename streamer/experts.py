@@ -24,6 +24,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from .errors import LayoutError
+from .held import Held
 from .hub import called
 from .trace import source_of
 
@@ -33,8 +34,8 @@ class ExpertTensor:
     """One tensor of an expert, e.g. `gate_proj.scales`.
 
     shape: of one expert's part; stored and held: dtype on disk and in the pool.
-    Floating tensors of quantized and plain experts alike may be held wider than
-    stored (float32 on CPU); packed weights never are.
+    Floating tensors may be held wider than stored (see `streamer.held`); packed
+    weights never are.
     """
 
     projection: str
@@ -100,13 +101,13 @@ def extras(switch: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def find_experts(model: nn.Module, path: Path, widen: mx.Dtype | None) -> list[LayerExperts]:
+def find_experts(model: nn.Module, path: Path, held: Held) -> list[LayerExperts]:
     """Every MoE layer of `model`, in layer order.
 
-    widen: hold floating tensors in this dtype, or None to hold them as stored.
+    held: the dtypes that they are held in.
     Raises LayoutError when a tensor cannot be paged from where it lies.
     """
-    found = [_describe(p, m, path, widen) for p, m in model.named_modules() if is_switch(m)]
+    found = [_describe(p, m, path, held) for p, m in model.named_modules() if is_switch(m)]
     return sorted(found, key=lambda layer: _natural(layer.path))
 
 
@@ -114,7 +115,7 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
 
 
-def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) -> LayerExperts:
+def _describe(path: str, switch: nn.Module, root: Path, held: Held) -> LayerExperts:
     tensors, starts, count = [], [], 0
     for projection, linear in projections(switch):
         for kind, array in linear.parameters().items():
@@ -128,10 +129,8 @@ def _describe(path: str, switch: nn.Module, root: Path, widen: mx.Dtype | None) 
             parts = source.expand(1)
             if parts.starts.ndim > 1:
                 raise LayoutError(_refusal(root, f"the rows of {name} are scattered"))
-            floating = mx.issubdtype(array.dtype, mx.floating)
-            held = widen if widen is not None and floating else array.dtype
-            shape = tuple(array.shape[1:])
-            tensors.append(ExpertTensor(projection, kind, shape, array.dtype, held))
+            shape, stored = tuple(array.shape[1:]), array.dtype
+            tensors.append(ExpertTensor(projection, kind, shape, stored, held(name, stored)))
             starts.append(parts.starts)
     return LayerExperts(path, switch, count, tuple(tensors), tuple(starts))
 

@@ -38,6 +38,7 @@ from .footprint import (
     trim_heap,
 )
 from .heat import Heat
+from .held import widen_embeddings
 from .hub import resolve
 from .kv import FULL, KVBits, read_bits
 from .opened import Opened, open_model
@@ -231,6 +232,7 @@ def attach(
         progress("trunk", done, budget.trunk + budget.head)
 
     load_trunk(opened, trunk_progress)
+    widen_embeddings(model, opened.held)
     if store is not None:
         _swap(streamer, opened, budget, store)
     for run in streamer.executors:

@@ -23,7 +23,7 @@ from cache.make import kinds_of
 from mtp.find import head_names
 from mtp.head import Head
 
-from .cache_size import KV_STEP, CacheSize, extrapolated, held, sizes_of
+from .cache_size import KV_STEP, CacheSize, extrapolated, sizes_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, LayoutError, StreamerError
 from .experts import (
@@ -36,6 +36,7 @@ from .experts import (
     stored_bytes,
 )
 from .head import Found, advice, read_head
+from .held import Held
 from .hub import called
 from .kv import FULL
 from .trace import tracing
@@ -48,10 +49,10 @@ class Opened:
     """A model whose weights are still on disk.
 
     layers: its MoE layers, the head's last, empty for a dense model; top_k: experts
-    a row asks of each layer; widen: dtype that floating tensors are held in, or None;
-    files: those that hold weights, a head's side file last; head: the MTP head, also
-    `model.mtp`, where it was asked for and is there; head_notes: what was decided
-    about it, or why there is none.
+    a row asks of each layer; widen: dtype that floating tensors are held in, or None, and
+    held: the same of each parameter; files: those that hold weights, a head's side file
+    last; head: the MTP head, also `model.mtp`, where it was asked for and is there;
+    head_notes: what was decided about it, or why there is none.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Opened:
     layers: list[LayerExperts]
     top_k: int
     widen: mx.Dtype | None
+    held: Held
     files: tuple[Path, ...]
     head: Head | None
     head_notes: tuple[str, ...]
@@ -104,8 +106,8 @@ class Opened:
         return self._resident_bytes(head=True)
 
     def _resident_bytes(self, *, head: bool) -> int:
-        parameters = [p for n, p in trunk_parameters(self.model) if in_head(n) == head]
-        return sum(held(p, self.widen) * p.size for p in parameters)
+        parameters = [(n, p) for n, p in trunk_parameters(self.model) if in_head(n) == head]
+        return sum(self.held(n, p.dtype).size * p.size for n, p in parameters)
 
     def kv_bytes(self, context: int, bits: float = FULL) -> int:
         """Bytes of the trunk's caches at `context` tokens, as they are allocated."""
@@ -177,7 +179,8 @@ def open_model(path: Path, dtype: str = "auto", *, mtp: bool = False) -> Opened:
     except Exception as error:  # a model file may stumble over a configuration anywhere
         name = checkpoint.config["model_type"]
         raise CheckpointError(f"{path} does not load as {name!r}: {_line(error)}") from error
-    layers = find_experts(model, path, widen)
+    held = Held.of(model, widen)
+    layers = find_experts(model, path, held)
     _check_runs_here(path, layers)
     return Opened(
         path=path,
@@ -187,6 +190,7 @@ def open_model(path: Path, dtype: str = "auto", *, mtp: bool = False) -> Opened:
         layers=layers,
         top_k=top_k,
         widen=widen,
+        held=held,
         files=found.files,
         head=found.head,
         head_notes=found.notes,
@@ -208,7 +212,7 @@ def _with_head(
     if found.head is None:
         return found
     try:
-        find_experts(found.head, checkpoint.path, widen)
+        find_experts(found.head, checkpoint.path, Held.of(found.head, widen))
     except LayoutError:
         return Found.none(
             checkpoint,

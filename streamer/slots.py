@@ -5,8 +5,8 @@ own buffers, so a byte is copied once, by the kernel. The arrays are never
 assigned to through MLX (that would copy the pool), and a slot may only be
 refilled once everything that reads it has been evaluated.
 
-Where a tensor is held wider than it is stored (bfloat16 scales as float32 on
-CPU), it is read into a small buffer and widened on arrival.
+Where a tensor is held wider than it is stored (see `streamer.held`), it is
+read into a small buffer and widened on arrival.
 """
 
 from __future__ import annotations

@@ -32,9 +32,8 @@ def load_trunk(opened: Opened, progress: Callable[[int], None]) -> None:
     parameters = trunk_parameters(opened.model)[::-1]
     while parameters:
         path, parameter = parameters.pop()
-        wide = opened.widen
-        floating = mx.issubdtype(parameter.dtype, mx.floating)
-        if wide is None or parameter.dtype == wide or not floating:
+        wide = opened.held(path, parameter.dtype)
+        if parameter.dtype == wide:
             array = plain(parameter)
         elif parameter.nbytes > PIECE and (address := _address(parameter)) is not None:
             array = _widened(opened, address, parameter)

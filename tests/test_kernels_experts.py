@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -51,6 +54,27 @@ def test_gathered_products(mode: str, bits: int, group: int) -> None:
             gather_linear(mx.array(paired), mx.array(slots), weights), by_hand(paired, slots, exact)
         )
         assert not np.array(y)[slots < 0].any()
+
+
+def widened(narrow: Stack) -> Stack:
+    """The same experts with float32 scales and biases."""
+    assert narrow.scales is not None and narrow.biases is not None
+    wide = [part.astype(mx.float32) for part in (narrow.scales, narrow.biases)]
+    return dataclasses.replace(narrow, scales=wide[0], biases=wide[1])
+
+
+@extension
+@pytest.mark.parametrize("bits,group", [f[1:] for f in FORMATS if f[0] == "affine"])
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_narrow_scales_give_the_bits_of_widened_ones(bits: int, group: int, dtype: Any) -> None:
+    gate, up = (stack(128, 256, "affine", bits, group, dtype, seed)[0] for seed in (1, 2))
+    down = stack(96, 128, "affine", bits, group, dtype, 3)[0]
+    for R in (1, 3, 9):
+        x, slots = mx.array(rows(R, 256)), mx.array(chosen(R, 3))
+        wide = gather_linear(x, slots, widened(gate))
+        assert mx.array_equal(gather_linear(x, slots, gate), wide)
+        wide = gather_swiglu(x, slots, *map(widened, (gate, up, down)))
+        assert mx.array_equal(gather_swiglu(x, slots, gate, up, down), wide)
 
 
 def test_a_pair_is_alike_in_any_company() -> None:

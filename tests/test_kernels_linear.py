@@ -79,6 +79,22 @@ def test_dense_products(dtype: mx.Dtype) -> None:
             assert all(mx.array_equal(linear(mx.array(x[:M]), w), y[:M]) for M in (1, 3, 8))
 
 
+@extension
+@pytest.mark.parametrize("bits,group", [f[1:] for f in FORMATS if f[0] == "affine"])
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_narrow_scales_give_the_bits_of_widened_ones(bits, group, dtype) -> None:
+    native = backend.native()
+    for N, K in [(5, 128), (37, 384), (130, 1152)]:
+        (w, s, b), _ = quantized((N, K), "affine", bits, group, dtype)
+        wide = (w, s.astype(mx.float32), b.astype(mx.float32))
+        form = {"group_size": group, "bits": bits, "mode": "affine"}
+        for M in (1, 2, 3, 5, 8, 11):
+            x = mx.array(rows(M, K))
+            y = linear(x, *wide, **form)
+            assert mx.array_equal(linear(x, w, s, b, **form), y)
+            assert all(mx.array_equal(y, z) for z in native.linears(x, [(w, s, b), wide], **form))
+
+
 def test_the_reference_is_the_same_product() -> None:
     weights, _ = quantized((37, 192), "affine", 4, 64, mx.bfloat16)
     x = mx.array(rows(5, 192))
