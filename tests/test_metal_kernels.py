@@ -219,7 +219,7 @@ def test_the_check_at_load_passes_right_kernels_and_drops_wrong_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(check, "FORMATS", (("affine", 64, 4),))
-    assert check.passing(emulated) == {"linear", "experts", "delta"}
+    assert check.passing(emulated) == {"linear", "experts", "delta", "codes"}
 
     def wrong(name: str, *rest: Any) -> list[mx.array]:
         if name == "replay":
@@ -227,6 +227,6 @@ def test_the_check_at_load_passes_right_kernels_and_drops_wrong_ones(
         return [y * 1.01 if name == "linear" else y for y in emulated(name, *rest)]
 
     with pytest.warns(RuntimeWarning) as said:
-        assert check.passing(wrong) == {"experts"}
+        assert check.passing(wrong) == {"experts", "codes"}
     assert [str(w.message).split("'")[1] for w in said] == ["linear", "delta"]
     assert "no such function" in str(said[1].message)

@@ -7,6 +7,13 @@ __device__ inline float simd_sum(float x) {
   return x;
 }
 
+__device__ inline float simd_max(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, mask));
+  }
+  return x;
+}
+
 template <typename To>
 __device__ inline To as_type(uint32_t bits) {
   return __uint_as_float(bits);

@@ -1,7 +1,7 @@
 """Tries each kernel on this GPU against plain MLX; one that differs is dropped, with a warning.
 
 Kernels are compiled by the user's own driver, for a GPU that no test of ours has seen. `usable`
-names those that may run here: all three, fewer, or none where there is no Metal.
+names those that may run here: all of them, fewer, or none where there is no Metal.
 
     python -m kernels.metal.check
 """
@@ -15,20 +15,21 @@ from typing import Any
 
 import mlx.core as mx
 
+from kernels.codes import CodedSide
 from kernels.experts import Stack, gather_reference, swiglu_reference
 from kernels.linear import reference
 
-from . import delta, products
+from . import codes, delta, products
 from .launch import Launch, metal
 
 Pair = tuple[mx.array, mx.array]
 FORMATS = (("affine", 64, 4), ("affine", 32, 8), ("affine", 128, 6), ("mxfp4", 32, 4))
 
 
-def on_cpu(fallback: Callable[..., Any], *arguments: Any) -> Any:
+def on_cpu(fallback: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """What the fallback makes of it where MLX knows every format: not so on every GPU."""
     with mx.stream(mx.cpu):
-        return fallback(*arguments)
+        return fallback(*arguments, **named)
 
 
 def stack(mode: str, group: int, bits: int, *shape: int) -> Stack:
@@ -87,10 +88,32 @@ def deltas(launch: Launch) -> Iterable[Pair]:
     yield delta.replay(launch, k, g, d, state, 3), on_cpu(delta.reference, *first, state)[1]
 
 
+def coded_side(bits: int, channels: int, D: int) -> CodedSide:
+    """300 random codes of two heads, each of so many channels, in indices of so many bits."""
+    none = mx.zeros((1, 2, 0, 1))
+    words = mx.random.randint(0, 256, (1, 2, 310, -(-(D // channels * bits) // 32) * 4))
+    words = words.astype(mx.uint8).view(mx.uint32)
+    scales = mx.random.uniform(0.5, 1, (1, 2, 310, 1)).astype(mx.float16)
+    points = mx.random.normal((1 << bits, channels))
+    return CodedSide(none, none, words, scales, none, none, points, mx.zeros((1, 2, 1, D)))
+
+
+def over_codes(launch: Launch) -> Iterable[Pair]:
+    """Sums over 300 codes and over 100, tops and totals, for 1 and 12 rows a head."""
+    for width, rows, coded in ((4, 1, 300), (5, 12, 300), (7, 12, 100), (8, 1, 300)):
+        keys, values = coded_side(width, 2, 128), coded_side(8, 1, 96)
+        rotated, bias = mx.random.normal((1, 2, rows, 128)) / 8, mx.random.normal((rows, coded))
+        form: dict[str, Any] = {"rows": rows, "coded": coded, "bias": bias}
+        found = codes.over_codes(launch, rotated, keys, values, **form)
+        wanted = on_cpu(codes.reference, rotated, keys, values, **form)
+        yield from zip(found, wanted, strict=True)
+
+
 CHECKS: dict[str, Callable[[Launch], Iterable[Pair]]] = {
     "linear": linears,
     "experts": experts,
     "delta": deltas,
+    "codes": over_codes,
 }
 
 

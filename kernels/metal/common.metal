@@ -14,6 +14,19 @@ inline uint64_t packed8(W row, int chunk) {
   return bits >> shift;
 }
 
+// The index of WIDTH bits at that place of a row of codes.
+template <int WIDTH, typename W>
+inline uint32_t code_at(W row, int place) {
+  const int bit = place * WIDTH;
+  const int word = bit / 32;
+  const int shift = bit % 32;
+  uint32_t bits = row[word] >> shift;
+  if (shift + WIDTH > 32) {
+    bits |= row[word + 1] << (32 - shift);
+  }
+  return bits & ((1u << WIDTH) - 1u);
+}
+
 // e2m1: twice the magnitudes 0 .5 1 1.5 2 3 4 6 as hex digits, then the sign.
 inline float fp4(uint32_t code) {
   const float magnitude = 0.5f * float((0xC8643210u >> (4 * (code & 7u))) & 15u);

@@ -22,6 +22,14 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "experts": (("x", "slots", "wa", "sa", "ba", "wb", "sb", "bb"), ("y",)),
     "delta": (("q", "k", "v", "g", "beta", "state"), ("y", "after", "d")),
     "replay": (("k", "g", "d", "state"), ("after",)),
+    "codes": (
+        (
+            *("q", "key_words", "key_scales", "key_points"),
+            *("value_words", "value_scales", "value_points", "bias", "sizes"),
+        ),
+        ("y", "top", "total"),
+    ),
+    "codes_merge": (("sums", "tops", "totals", "sizes"), ("y", "top", "total")),
 }
 
 
