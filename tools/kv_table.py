@@ -136,12 +136,12 @@ def real(what: str) -> tuple[mx.array, mx.array]:
     return q, (keys if what == "demo keys" else values)[0]
 
 
-def distortion() -> None:
+def distortion(widths: list[float]) -> None:
     """Print the first table."""
     print("vectors    bits codec            stored  error    at ours  KL       at ours")
     for kind in ("unit", "outliers", "demo keys", "demo values"):
         q, x = real(kind) if kind.startswith("demo") else vectors(kind, 128)
-        for bits in (2, 2.5, 3, 3.5, 4, 8):
+        for bits in widths:
             base = 0.0
             for name, stored, decode in codecs(x.shape[-1], bits):
                 base = base or stored
@@ -156,7 +156,7 @@ def distortion() -> None:
                 )
 
 
-def quality(context: int, windows: int, step: int) -> None:
+def quality(widths: list[float], context: int, windows: int, step: int) -> None:
     """Print the second table: teacher-forced in passes of `step` rows, so that codes are read."""
     model, _ = load(str(DEMO))
     ids = held_out(context, windows)
@@ -182,7 +182,7 @@ def quality(context: int, windows: int, step: int) -> None:
 
     full, best = logits(lambda: make_prompt_cache(model))
     print(f"{len(ids)} windows of {context} tokens, full precision: loss {full:.4f}")
-    for bits in (2, 2.5, 3, 3.5, 4, 8):
+    for bits in widths:
         rows = [("ours", lambda b=bits: make_cache(model, b, b))]
         if bits == int(bits):
             rows.append(("mlx-lm", lambda b=int(bits): grouped(b)))
@@ -198,14 +198,15 @@ def quality(context: int, windows: int, step: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=["distortion", "quality"])
+    parser.add_argument("--bits", type=float, nargs="+", default=[2, 2.5, 3, 3.5, 4, 8])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--step", type=int, default=8)
     args = parser.parse_args()
     if args.table == "distortion":
-        distortion()
+        distortion(args.bits)
     else:
-        quality(args.context, args.windows, args.step)
+        quality(args.bits, args.context, args.windows, args.step)
 
 
 if __name__ == "__main__":
