@@ -22,6 +22,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FUSED = ("steps", "attend", "codes")  # in the compiler's own vectors, fused where the CPU can
 VNNI = [*AVX512, "-mavx512vnni"]
 X86 = {"avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "vbmi": [*VNNI, "-mavx512vbmi"]}
+X86["madd"] = AVX2
 
 
 def flags(source: str) -> list[str]:

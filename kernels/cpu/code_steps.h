@@ -51,5 +51,6 @@ const CodeSteps& codes_avx2();
 const CodeSteps& codes_avx512();
 const CodeSteps& codes_neon();
 const ByteSteps& codes_vbmi();
+const ByteSteps& codes_madd();
 
 } // namespace streamer

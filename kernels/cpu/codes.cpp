@@ -31,6 +31,7 @@ const ByteSteps* byte_steps() {
 #if defined(__x86_64__)
   static const bool known = __builtin_cpu_supports("avx512vbmi");
   if (known && isa() == "avx512vnni") return &codes_vbmi();
+  if (isa() == "avx2") return &codes_madd();
 #endif
   return nullptr;
 }

@@ -1,0 +1,385 @@
+// Codes as 16-bit integers with AVX2 (code_steps.h).
+//
+// Sixteen products an instruction (vpmaddwd), which here takes a row's two digits as one integer of
+// 16 bits. Indices become bytes, laid out so that neighbours in a 32-bit lane are what is summed;
+// they are looked up in tables of sixteen (vpshufb), of which the index's upper bits choose one, and
+// only then widened. Points are 128 too large, as in codes_vbmi.cpp: sums wrap around, and are right
+// when 128 times the sum of a row's integers is taken off.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "attend.h"
+#include "code_steps.h"
+
+namespace streamer {
+namespace {
+
+constexpr int W = 8;
+constexpr int block_indices = 32, block_channels = 64;
+constexpr int tokens = 32; // of keys that are unpacked at a time
+
+int blocks_of(int n) {
+  return (n + block_channels - 1) / block_channels;
+}
+
+int wide(int n) {
+  return blocks_of(n) * block_channels;
+}
+
+// Clean indices to bytes, of the first channels and of the second.
+template <int width>
+class Tables {
+ public:
+  explicit Tables(const Codebook& book) {
+    for (int e = 0; e < 2; ++e) {
+      for (int i = 0; i < count; ++i) {
+        tables_[e][i] = _mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(book.bytes[e] + 16 * i)));
+      }
+    }
+  }
+  inline __attribute__((always_inline)) void look_up(__m256i index, __m256i& first, __m256i& second) const {
+    const __m256i low = width == 4 ? index : _mm256_and_si256(index, _mm256_set1_epi8(15));
+    const __m256i bits[4] = {
+        _mm256_slli_epi16(index, 3), _mm256_slli_epi16(index, 2), _mm256_slli_epi16(index, 1), index};
+    first = choose<count>(tables_[0], low, bits);
+    second = choose<count>(tables_[1], low, bits);
+  }
+
+ private:
+  static constexpr int count = 1 << (width - 4);
+
+  // Among n tables, by the sign bits of `bits`, the last of which chooses between their halves.
+  template <int n>
+  static inline __attribute__((always_inline)) __m256i choose(const __m256i* t, __m256i low, const __m256i* bits) {
+    if constexpr (n == 1) {
+      return _mm256_shuffle_epi8(t[0], low);
+    } else {
+      constexpr int level = n == 2 ? 0 : n == 4 ? 1 : n == 8 ? 2 : 3;
+      return _mm256_blendv_epi8(choose<n / 2>(t, low, bits), choose<n / 2>(t + n / 2, low, bits), bits[level]);
+    }
+  }
+
+  __m256i tables_[2][count];
+};
+
+// 32 indices of a row to 32 bytes.
+template <int width>
+class Indices {
+ public:
+  // later: bytes from a row to the one that is fetched when it is read.
+  Indices(int n, int64_t later) : bytes_((n / 2 * width + 7) / 8), later_(later) {
+    // A half's sixteen indices lie in `2 * width` bytes: the lower half's first, the upper half's
+    // last, in sixteen that are read. Each index comes from two bytes, by a product to the upper one.
+    for (int part = 0; part < 2; ++part) {
+      uint8_t spread[32];
+      uint16_t shifts[16];
+      for (int i = 0; i < 16; ++i) {
+        const int bit = (part * 8 + i % 8) * width + (i < 8 ? 0 : 8 * (16 - 2 * width));
+        spread[2 * i] = static_cast<uint8_t>(bit / 8);
+        spread[2 * i + 1] = static_cast<uint8_t>(bit / 8 < 15 ? bit / 8 + 1 : 0x80);
+        shifts[i] = static_cast<uint16_t>(1 << (8 - bit % 8));
+      }
+      spread_[part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(spread));
+      shifts_[part] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(shifts));
+    }
+  }
+  inline __attribute__((always_inline)) __m256i of(const uint32_t* row, int block) const {
+    const int at = block * 4 * width, left = bytes_ - at;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(row) + at;
+    _mm_prefetch(reinterpret_cast<const char*>(from) + later_, _MM_HINT_T0);
+    uint8_t rest[4 * width];
+    if (left < 4 * width) [[unlikely]] {
+      std::memset(rest, 0, sizeof rest);
+      std::memcpy(rest, from, left);
+      from = rest;
+    }
+    if constexpr (width == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i bits = _mm256_loadu2_m128i(
+        reinterpret_cast<const __m128i*>(from + 4 * width - 16), reinterpret_cast<const __m128i*>(from));
+    auto part = [&](int i) {
+      return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(bits, spread_[i]), shifts_[i]), 8);
+    };
+    return _mm256_and_si256(_mm256_packus_epi16(part(0), part(1)), _mm256_set1_epi8((1 << width) - 1));
+  }
+
+ private:
+  int bytes_;
+  int64_t later_;
+  __m256i spread_[2], shifts_[2];
+};
+
+// Bytes from a token's codes to those of `count` tokens later, where they lie in one array.
+int64_t later(const uint32_t* const* words, int count) {
+  return (words[1] - words[0]) * 4 * count;
+}
+
+// v[k] = the k-th 32 bits of each of eight vectors.
+inline __attribute__((always_inline)) void turn(__m256i (&v)[8]) {
+  __m256i a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    v[k] = _mm256_permute2x128_si256(b[k], b[4 + k], 0x20);
+    v[4 + k] = _mm256_permute2x128_si256(b[k], b[4 + k], 0x31);
+  }
+}
+
+inline void put(uint8_t* to, __m256i v) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
+}
+
+// Keys for scores: [block, quad of indices, first or second channel, its even or its odd indices,
+// 32 tokens, 2 integers].
+template <int width>
+void unpack_keys(const uint32_t* const* words, const Codebook& book, int n, uint8_t* out) {
+  const Tables<width> tables(book);
+  const Indices<width> indices(n, later(words, tokens));
+  const __m256i even = _mm256_set1_epi16(255);
+  for (int from = 0; from < tokens; from += W) {
+    for (int block = 0; block < blocks_of(n); ++block) {
+      __m256i v[W];
+#pragma GCC unroll 8
+      for (int i = 0; i < W; ++i) v[i] = indices.of(words[from + i], block);
+      turn(v);
+      uint8_t* to = out + block * 2 * block_channels * tokens + from * 4;
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        __m256i x[2];
+        tables.look_up(v[k], x[0], x[1]);
+#pragma GCC unroll 2
+        for (int e = 0; e < 2; ++e, to += 8 * tokens) {
+          put(to, _mm256_and_si256(x[e], even));
+          put(to + 4 * tokens, _mm256_srli_epi16(x[e], 8));
+        }
+      }
+    }
+  }
+}
+
+// A block of values for sums: [pair of tokens, eights of each half's indices, first or second
+// channel, fours of these, 4 indices of each half, 2 integers].
+template <int width>
+void unpack_values(const uint32_t* const* words, const Codebook& book, int n, int block, uint8_t* out) {
+  const Tables<width> tables(book);
+  const Indices<width> indices(n, later(words, value_tile));
+  const __m256i zero = _mm256_setzero_si256();
+  for (int j = 0; j < value_tile; j += 2) {
+    const __m256i a = indices.of(words[j], block), b = indices.of(words[j + 1], block);
+    const __m256i z[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m256i x[2];
+      tables.look_up(z[i], x[0], x[1]);
+#pragma GCC unroll 2
+      for (int e = 0; e < 2; ++e, out += 64) {
+        put(out, _mm256_unpacklo_epi8(x[e], zero));
+        put(out + 32, _mm256_unpackhi_epi8(x[e], zero));
+      }
+    }
+  }
+}
+
+auto keys_of(int width) -> void (*)(const uint32_t* const*, const Codebook&, int, uint8_t*) {
+  switch (width) {
+    case 4: return unpack_keys<4>;
+    case 5: return unpack_keys<5>;
+    case 6: return unpack_keys<6>;
+    case 7: return unpack_keys<7>;
+    default: return unpack_keys<8>;
+  }
+}
+
+auto values_of(int width) -> void (*)(const uint32_t* const*, const Codebook&, int, int, uint8_t*) {
+  switch (width) {
+    case 4: return unpack_values<4>;
+    case 5: return unpack_values<5>;
+    case 6: return unpack_values<6>;
+    case 7: return unpack_values<7>;
+    default: return unpack_values<8>;
+  }
+}
+
+constexpr float largest = 32639.0f; // as codes_vbmi.cpp's two digits
+
+// What brings values of at most `top` into 16 bits, and back. Too small ones are zero.
+inline void unit_of(float top, float& up, float& unit) {
+  const bool some = top > 1e-30f;
+  up = some ? largest / top : 0.0f;
+  unit = some ? top / largest : 0.0f;
+  if (!(top < 3.4e38f)) unit = __builtin_nanf("");
+}
+
+inline int rounded(float x) {
+  return _mm_cvtss_si32(_mm_set_ss(x));
+}
+
+// Where in a block's digits a channel is: as unpack_keys lays points out.
+inline int place_of(int channel) {
+  const int index = channel / 2, k = index / 4, half = index % 2, later = index % 4 / 2;
+  return ((2 * k + channel % 2) * 2 + half) * 2 + later;
+}
+
+void pack_queries(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts) {
+  const int all = wide(n);
+  for (int r = 0; r < rows; ++r, q += n, digits += 2 * all) {
+    float top = 0.0f, up;
+    for (int i = 0; i < n; ++i) top = __builtin_fabsf(q[i]) > top ? __builtin_fabsf(q[i]) : top;
+    for (int i = 0; i < n; ++i) top = q[i] == q[i] ? top : q[i];
+    unit_of(top, up, units[r]);
+    int sum = 0;
+    auto* to = reinterpret_cast<int16_t*>(digits);
+    for (int i = 0; i < all; ++i) {
+      const int x = i < n ? rounded(q[i] * up) : 0;
+      sum += x;
+      to[i / block_channels * block_channels + place_of(i % block_channels)] = static_cast<int16_t>(x);
+    }
+    lifts[r] = -128 * sum;
+  }
+}
+
+void pack_weights(const float* p, const float* scales, int8_t* digits, float& unit, int32_t& lift) {
+  float w[value_tile], top = 0.0f, up;
+  for (int i = 0; i < value_tile; ++i) w[i] = p[i] * scales[i];
+  __m256 tops = _mm256_setzero_ps();
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  // a NaN stays: max gives its second operand where one is not a number
+  for (int i = 0; i < value_tile; i += W) {
+    tops = _mm256_max_ps(tops, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i)));
+  }
+  float each[W];
+  _mm256_storeu_ps(each, tops);
+  for (float x : each) top = x <= top ? top : x;
+  unit_of(top, up, unit);
+  __m256i sum = _mm256_setzero_si256();
+  auto* to = reinterpret_cast<__m256i*>(digits);
+  for (int i = 0; i < value_tile; i += 2 * W) {
+    auto integers = [&](int at) {
+      return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(w + at), _mm256_set1_ps(up)));
+    };
+    const __m256i a = integers(i), b = integers(i + W);
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
+    _mm256_storeu_si256(to++, _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+  }
+  int32_t sums[W];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+  int all = 0;
+  for (int x : sums) all += x;
+  lift = -128 * all;
+}
+
+// Sums over `count` steps of four vectors of integers, `stride` bytes from one to the next, times
+// R rows' pairs of integers.
+template <int R>
+inline __attribute__((always_inline)) void multiply(
+    const uint8_t* x, int64_t stride, int count, const int8_t* digits, int64_t row, const int32_t* lifts,
+    __m256 (&out)[R][4]) {
+  __m256i acc[R][4];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_set1_epi32(lifts[r]);
+  }
+  for (int k = 0; k < count; ++k, x += stride) {
+    __m256i v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(x) + i);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, digits + r * row + 4 * k, 4);
+      const __m256i by = _mm256_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(v[i], by));
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) out[r][i] = _mm256_cvtepi32_ps(acc[r][i]);
+  }
+}
+
+template <int R>
+struct Count {};
+
+template <class F>
+void by_rows(int rows, F part) {
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) part(r, Count<2>());
+  if (r < rows) part(r, Count<1>());
+}
+
+void scores(
+    const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
+    const int32_t* lifts, int rows, uint8_t* room, float* s) {
+  const int all = wide(n);
+  for (int from = 0; from < key_tile; from += tokens) {
+    keys_of(book.width)(words + from, book, n, room);
+    by_rows(rows, [&]<int R>(int r, Count<R>) {
+      __m256 found[R][4];
+      multiply<R>(room, 4 * tokens, all / 2, digits + int64_t(r) * 2 * all, 2 * all, lifts + r, found);
+      for (int i = 0; i < R; ++i) {
+        const __m256 unit = _mm256_set1_ps(units[r + i] * book.grid);
+        float* to = s + int64_t(r + i) * step + from;
+        for (int j = 0; j < 4; ++j) _mm256_storeu_ps(to + W * j, _mm256_mul_ps(found[i][j], unit));
+      }
+    });
+  }
+}
+
+void weigh(
+    const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
+    const int32_t* lifts, int rows, uint8_t* room, float* y) {
+  const int all = wide(n);
+  for (int block = 0; block < blocks_of(n); ++block) {
+    values_of(book.width)(words, book, n, block, room);
+    by_rows(rows, [&]<int R>(int r, Count<R>) {
+      for (int at = 0; at < block_channels; at += 4 * W) {
+        __m256 found[R][4];
+        multiply<R>(
+            room + 4 * at, 4 * block_channels, value_tile / 2, digits + int64_t(r) * 2 * value_tile,
+            2 * value_tile, lifts + r, found);
+        for (int i = 0; i < R; ++i) {
+          const __m256 unit = _mm256_set1_ps(units[r + i] * book.grid);
+          float* to = y + int64_t(r + i) * all + block * block_channels + at;
+          for (int j = 0; j < 4; ++j) {
+            _mm256_storeu_ps(to + W * j, _mm256_fmadd_ps(found[i][j], unit, _mm256_loadu_ps(to + W * j)));
+          }
+        }
+      }
+    });
+  }
+}
+
+void in_order(const float* y, int n, float* out) {
+  for (int i = 0; i < n / 2; ++i) {
+    const int block = i / block_indices, high = i % block_indices / 16, eight = i % 16 / 8, four = i % 8 / 4;
+    const float* from = y + block * block_channels + 32 * eight + 8 * four + 4 * high + i % 4;
+    out[2 * i] = from[0];
+    out[2 * i + 1] = from[16];
+  }
+}
+
+} // namespace
+
+const ByteSteps& codes_madd() {
+  static constexpr ByteSteps table = {wide, pack_queries, scores, pack_weights, weigh, in_order};
+  return table;
+}
+
+} // namespace streamer
+#endif
