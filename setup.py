@@ -21,8 +21,14 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 FUSED = ("steps", "attend", "codes")  # in the compiler's own vectors, fused where the CPU can
 VNNI = [*AVX512, "-mavx512vnni"]
-X86 = {"avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "vbmi": [*VNNI, "-mavx512vbmi"]}
-X86["madd"] = AVX2
+X86 = {
+    "avx2": AVX2,
+    "madd": AVX2,
+    "maddubs": AVX2,
+    "avx512": AVX512,
+    "vnni": VNNI,
+    "vbmi": [*VNNI, "-mavx512vbmi"],
+}
 
 
 def flags(source: str) -> list[str]:

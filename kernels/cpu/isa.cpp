@@ -27,7 +27,7 @@ const std::vector<Choice>& choices() {
     bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     if (vnni) out.push_back({"avx512vnni", &rows_vnni(), &steps_avx512()});
     if (avx512) out.push_back({"avx512", &rows_avx512(), &steps_avx512()});
-    if (avx2) out.push_back({"avx2", &rows_avx2(), &steps_avx2()});
+    if (avx2) out.push_back({"avx2", &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)
     out.push_back({"neon", &rows_neon(), &steps_neon()});
 #endif

@@ -55,6 +55,7 @@ const Rows& rows();
 // or the linker might keep the copy that other CPUs can't run.
 const Rows& rows_portable();
 const Rows& rows_avx2();
+const Rows& rows_maddubs();
 const Rows& rows_avx512();
 const Rows& rows_vnni();
 const Rows& rows_neon();

@@ -1,0 +1,314 @@
+// rows.h with AVX2 and products of bytes: affine weights of 4 bits as the bytes they are, against x
+// in fixed point, as rows_vnni.cpp has it; everything else as with AVX2.
+//
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, cut into three
+// signed bytes: x = unit * (2^16 h + 2^8 m + l). Four products of bytes fit into 16 bits, so sums are
+// exact until they become floats: the only roundings are that of x, to 2^-23 of the largest
+// neighbour, and those of the lanes' sums.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "rows.h"
+#include "unpack.h"
+
+namespace streamer {
+namespace {
+
+constexpr int W = 8;
+constexpr int64_t columns = 64; // of a block, 32 bytes of weights
+constexpr int64_t block_bytes = 7 * 32; // digits h, m, l of the even ones and the odd ones; units
+constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
+
+struct Layout {
+  int64_t K, G, blocks, sums;
+
+  explicit Layout(const Matrix& A)
+      : K(A.K),
+        G(A.K / A.group),
+        blocks((A.K + columns - 1) / columns),
+        sums((G + W - 1) / W * W) {}
+
+  // Scales of a row as floats, padded so that any block may read on.
+  int64_t room() const {
+    return sums + W;
+  }
+};
+
+bool known(const Matrix& A) {
+  return A.format == Format::affine && A.bits == 4;
+}
+
+// Every other byte of 64, those at even places or, `shift` 8, at odd ones.
+template <int shift>
+inline __m256i every_other(__m256i a, __m256i b) {
+  const __m256i low = _mm256_set1_epi16(255);
+  if (shift == 8) {
+    a = _mm256_srli_epi16(a, 8);
+    b = _mm256_srli_epi16(b, 8);
+  } else {
+    a = _mm256_and_si256(a, low);
+    b = _mm256_and_si256(b, low);
+  }
+  return _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+}
+
+// The lowest bytes of 32 integers.
+inline __m256i lowest(const __m256i* q) {
+  const __m256i low = _mm256_set1_epi32(255), order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m256i a = _mm256_packus_epi32(_mm256_and_si256(q[0], low), _mm256_and_si256(q[1], low));
+  const __m256i b = _mm256_packus_epi32(_mm256_and_si256(q[2], low), _mm256_and_si256(q[3], low));
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+}
+
+inline __m256i largest(__m256i a) {
+  a = _mm256_max_epi32(a, _mm256_shuffle_epi32(a, 0xb1));
+  a = _mm256_max_epi32(a, _mm256_shuffle_epi32(a, 0x4e));
+  return _mm256_max_epi32(a, _mm256_permute2x128_si256(a, a, 1));
+}
+
+// Eight neighbours as integers below 2^23, and the power of two that brings them back.
+inline __m256i fixed(__m256 x, float* unit) {
+  const __m256i bits =
+      largest(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
+  __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), full);
+  exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(32));
+  // x < 2^(exponent - 126), and 22 bits more are kept.
+  const __m256i back = _mm256_sub_epi32(exponent, _mm256_set1_epi32(22));
+  const __m256i there = _mm256_sub_epi32(_mm256_set1_epi32(254), back);
+  const __m256 up = _mm256_castsi256_ps(_mm256_slli_epi32(there, 23));
+  const bool wild = _mm256_extract_epi32(bits, 0) > 0x7f7fffff;
+  *unit = wild ? __builtin_nanf("")
+               : _mm256_cvtss_f32(_mm256_castsi256_ps(_mm256_slli_epi32(back, 23)));
+  return _mm256_cvtps_epi32(_mm256_mul_ps(x, up));
+}
+
+inline __m256i pairs(__m256i w, const uint8_t* x) {
+  return _mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+}
+
+// Sum over each lane's digits times w, as the integers that they stand for.
+inline __m256 whole(__m256i low, __m256i high, const uint8_t* x) {
+  const __m256i h = _mm256_add_epi16(pairs(low, x), pairs(high, x + 32));
+  const __m256i m = _mm256_add_epi16(pairs(low, x + 64), pairs(high, x + 96));
+  const __m256i l = _mm256_add_epi16(pairs(low, x + 128), pairs(high, x + 160));
+  const __m256i one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
+  const __m256i above = _mm256_add_epi32(_mm256_madd_epi16(h, byte), _mm256_madd_epi16(m, one));
+  // below 15 * 8 * 2^23
+  return _mm256_cvtepi32_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(above, 8), _mm256_madd_epi16(l, one)));
+}
+
+// One block of one row of x, zeros after `count`, and its lanes' sums.
+inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
+  alignas(32) float tail[columns];
+  if (count < columns) {
+    for (int64_t i = 0; i < columns; ++i) tail[i] = i < count ? x[i] : 0.0f;
+    x = tail;
+  }
+  float* units = reinterpret_cast<float*>(out + 192);
+  __m256i q[8];
+  for (int i = 0; i < 8; ++i) q[i] = fixed(_mm256_loadu_ps(x + W * i), units + i);
+  const __m256i half = _mm256_set1_epi32(128);
+  for (int d = 2; d >= 0; --d) {
+    const __m256i a = lowest(q), b = lowest(q + 4);
+    auto* to = reinterpret_cast<__m256i*>(out + 64 * d);
+    _mm256_store_si256(to, every_other<0>(a, b));
+    _mm256_store_si256(to + 1, every_other<8>(a, b));
+    for (int i = 0; i < 8; ++i) q[i] = _mm256_srai_epi32(_mm256_add_epi32(q[i], half), 8);
+  }
+  const __m256i one = _mm256_set1_epi8(1);
+  return _mm256_mul_ps(whole(one, one, out), _mm256_load_ps(units));
+}
+
+int64_t packed(const Matrix& A, int M) {
+  if (!known(A)) return rows_avx2().packed(A, M);
+  const Layout L(A);
+  return M * (L.blocks * block_bytes / 4 + L.sums);
+}
+
+int64_t scratch(const Matrix& A) {
+  return known(A) ? 8 * Layout(A).room() : rows_avx2().scratch(A);
+}
+
+void pack(const Matrix& A, int M, const float* const* x, float* out) {
+  if (!known(A)) return rows_avx2().pack(A, M, x, out);
+  const Layout L(A);
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  float* sums = out + M * L.blocks * block_bytes / 4;
+  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
+  const int64_t lanes = A.group / W; // of one group; 16 where it takes two blocks
+  for (int64_t k = 0; k < L.blocks; ++k) {
+    for (int m = 0; m < M; ++m, to += block_bytes) {
+      alignas(32) float lane[W];
+      _mm256_store_ps(lane, pack_block(x[m] + k * columns, L.K - k * columns, to));
+      for (int i = 0; i < W; ++i) {
+        const int64_t g = (k * W + i) / lanes;
+        if (g < L.G) sums[m * L.sums + g] += lane[i];
+      }
+    }
+  }
+}
+
+// `count` scales (or biases) from `index` on as floats, then zeros up to `room`.
+inline void widen(const void* from, Scale type, int64_t index, int64_t count, int64_t room, float* to) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    __m256 wide;
+    if (type == Scale::f32) {
+      wide = _mm256_loadu_ps(static_cast<const float*>(from) + index + i);
+    } else {
+      const __m128i half = _mm_loadu_si128(
+          reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + index + i));
+      wide = type == Scale::f16
+          ? _mm256_cvtph_ps(half)
+          : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
+    _mm256_storeu_ps(to + i, wide);
+  }
+  for (; i < count; ++i) to[i] = streamer::wide(from, type, index + i);
+  for (; i < room; ++i) to[i] = 0.0f;
+}
+
+inline __m128 half_sum(__m256 a) {
+  return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+}
+
+inline float sum_of(__m256 a) {
+  __m128 c = half_sum(a);
+  c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+// y[m][n + r] for R output rows; `halves`: a block has two groups, else `apart` blocks share one.
+template <int R, int M, bool halves>
+inline __attribute__((always_inline)) void tile(
+    const Matrix& A, const Layout& L, const uint8_t* x, const float* of_x, float* scratch,
+    float* const* y, int64_t n) {
+  const int64_t row_bytes = L.K / 2, room = L.room();
+  const auto* weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
+  // Rows that come `ahead` are fetched meanwhile: no stride tells the hardware.
+  const int64_t tile_bytes = R * row_bytes, tiles = (fetched + tile_bytes - 1) / tile_bytes,
+                ahead = tiles * tile_bytes, width = A.scale == Scale::f32 ? 4 : 2;
+  for (int64_t i = 0; i < R * L.G * width; i += 64) {
+    const int64_t at = (n + tiles * R) * L.G * width + i;
+    __builtin_prefetch(static_cast<const char*>(A.scales) + at, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(A.biases) + at, 0, 2);
+  }
+  float *scales = scratch, *biases = scratch + R * room;
+  for (int r = 0; r < R; ++r) {
+    widen(A.scales, A.scale, (n + r) * L.G, L.G, room, scales + r * room);
+    widen(A.biases, A.scale, (n + r) * L.G, L.G, room, biases + r * room);
+  }
+  __m256 total[R][M];
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) total[r][m] = _mm256_setzero_ps();
+  }
+  for (int64_t g = 0; g < L.sums; g += W) {
+    for (int r = 0; r < R; ++r) {
+      const __m256 b = _mm256_loadu_ps(biases + r * room + g);
+      for (int m = 0; m < M; ++m) {
+        total[r][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(of_x + m * L.sums + g), total[r][m]);
+      }
+    }
+  }
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const int apart = A.group == 128;
+  for (int64_t k = 0; k < L.blocks; ++k, x += M * block_bytes) {
+    const bool part = (k + 1) * 32 > row_bytes; // the last 16 bytes of a row
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* from = weights + r * row_bytes + k * 32;
+      const auto* there = reinterpret_cast<const __m128i*>(from);
+      const __m256i q = part ? _mm256_zextsi128_si256(_mm_loadu_si128(there))
+                             : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      if (k % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
+      const __m256i low = _mm256_and_si256(q, nibble);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
+      const float* s = scales + r * room + (halves ? 2 * k : k >> apart);
+      const __m256 scale = halves
+          ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
+          : _mm256_broadcast_ss(s);
+      for (int m = 0; m < M; ++m) {
+        const uint8_t* xm = x + m * block_bytes;
+        const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(xm + 192));
+        total[r][m] =
+            _mm256_fmadd_ps(whole(low, high, xm), _mm256_mul_ps(scale, unit), total[r][m]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) y[m][n + r] = sum_of(total[r][m]);
+  }
+}
+
+template <int M, bool halves>
+void run_rows(
+    const Matrix& A, const float* packed, float* scratch, float* const* y, int begin, int end) {
+  constexpr int R = 4;
+  const Layout L(A);
+  const auto* x = reinterpret_cast<const uint8_t*>(packed);
+  const float* of_x = packed + M * L.blocks * block_bytes / 4;
+  int n = begin;
+  for (; n + R <= end; n += R) tile<R, M, halves>(A, L, x, of_x, scratch, y, n);
+  for (; n < end; ++n) tile<1, M, halves>(A, L, x, of_x, scratch, y, n);
+}
+
+template <bool halves>
+void run_groups(
+    const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
+    int end) {
+  switch (M) {
+    case 1: return run_rows<1, halves>(A, packed, scratch, y, begin, end);
+    case 2: return run_rows<2, halves>(A, packed, scratch, y, begin, end);
+    case 3: return run_rows<3, halves>(A, packed, scratch, y, begin, end);
+    case 4: return run_rows<4, halves>(A, packed, scratch, y, begin, end);
+    case 5: return run_rows<5, halves>(A, packed, scratch, y, begin, end);
+    case 6: return run_rows<6, halves>(A, packed, scratch, y, begin, end);
+    case 7: return run_rows<7, halves>(A, packed, scratch, y, begin, end);
+    case 8: return run_rows<8, halves>(A, packed, scratch, y, begin, end);
+  }
+}
+
+void run(
+    const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
+    int end) {
+  if (!known(A)) return rows_avx2().run(A, M, packed, scratch, y, begin, end);
+  if (A.group == 32) return run_groups<true>(A, M, packed, scratch, y, begin, end);
+  run_groups<false>(A, M, packed, scratch, y, begin, end);
+}
+
+void swiglu(float* gate, const float* up, int64_t count) {
+  rows_avx2().swiglu(gate, up, count);
+}
+
+void silu(float* x, int64_t count) {
+  rows_avx2().silu(x, count);
+}
+
+// Eight independent sums of bytes; three products of bytes make one of a weight.
+float peak(int rounds, int start) {
+  __m256i w[4], sums[8];
+  for (int i = 0; i < 4; ++i) w[i] = _mm256_set1_epi8(static_cast<char>(start + i));
+  for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
+  const __m256i x[2] = {_mm256_set1_epi8(3), _mm256_set1_epi8(5)};
+  for (int round = 0; round < rounds; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(w[i % 4], x[i / 4]));
+    }
+    for (__m256i& one : w) asm volatile("" : "+x"(one)); // or products would be made once
+  }
+  for (int i = 1; i < 8; ++i) sums[0] = _mm256_add_epi16(sums[0], sums[i]);
+  return static_cast<float>(_mm256_extract_epi16(sums[0], 0));
+}
+
+} // namespace
+
+const Rows& rows_maddubs() {
+  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 8 * 32 / 3};
+  return table;
+}
+
+} // namespace streamer
+#endif
