@@ -1,10 +1,10 @@
-// rows.h with AVX2 and products of bytes: affine weights of 4 bits as the bytes they are, against x
-// in fixed point, as rows_vnni.cpp has it; everything else as with AVX2.
+// rows.h with AVX2 and products of small integers: affine weights of 4 bits as what they are,
+// against x in fixed point, as rows_vnni.cpp has it; everything else as with AVX2.
 //
-// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, cut into three
-// signed bytes: x = unit * (2^16 h + 2^8 m + l). Four products of bytes fit into 16 bits, so sums are
-// exact until they become floats: the only roundings are that of x, to 2^-23 of the largest
-// neighbour, and those of the lanes' sums.
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into a
+// signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact, so the
+// only roundings are that of x, to 2^-23 of the largest neighbour, and those of the lanes' sums.
+// So 15 operations make the products of 64 weights and a row; three digits of 8 bits take 18.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,7 +16,9 @@ namespace {
 
 constexpr int W = 8;
 constexpr int64_t columns = 64; // of a block, 32 bytes of weights
-constexpr int64_t block_bytes = 7 * 32; // digits h, m, l of the even ones and the odd ones; units
+// Of a row of x, for a block: h of every fourth value from the first, third, second and fourth on;
+// l of the even ones, then of the odd ones; eight units.
+constexpr int64_t block_bytes = 7 * 32;
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
 struct Layout {
@@ -60,16 +62,23 @@ inline __m256i lowest(const __m256i* q) {
   return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
 }
 
-inline __m256i largest(__m256i a) {
-  a = _mm256_max_epi32(a, _mm256_shuffle_epi32(a, 0xb1));
-  a = _mm256_max_epi32(a, _mm256_shuffle_epi32(a, 0x4e));
-  return _mm256_max_epi32(a, _mm256_permute2x128_si256(a, a, 1));
+// In lane i of the first and of the second half, the largest of that half of a, b, c, d.
+inline __m256i largest(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i p = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i q = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return _mm256_max_epi32(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
 }
 
-// Eight neighbours as integers below 2^23, and the power of two that brings them back.
-inline __m256i fixed(__m256 x, float* unit) {
-  const __m256i bits =
-      largest(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+// Eight times eight neighbours as integers below 2^23, and the powers of two that bring them back.
+inline void fixed(const float* x, __m256i* q, float* units) {
+  const __m256i positive = _mm256_set1_epi32(0x7fffffff);
+  __m256i a[8];
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + W * i)), positive);
+  }
+  const __m256i r = largest(a[0], a[1], a[2], a[3]), s = largest(a[4], a[5], a[6], a[7]);
+  const __m256i bits = _mm256_max_epi32(
+      _mm256_permute2x128_si256(r, s, 0x20), _mm256_permute2x128_si256(r, s, 0x31));
   // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
   const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
   const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
@@ -77,28 +86,65 @@ inline __m256i fixed(__m256 x, float* unit) {
   exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(32));
   // x < 2^(exponent - 126), and 22 bits more are kept.
   const __m256i back = _mm256_sub_epi32(exponent, _mm256_set1_epi32(22));
-  const __m256i there = _mm256_sub_epi32(_mm256_set1_epi32(254), back);
-  const __m256 up = _mm256_castsi256_ps(_mm256_slli_epi32(there, 23));
-  const bool wild = _mm256_extract_epi32(bits, 0) > 0x7f7fffff;
-  *unit = wild ? __builtin_nanf("")
-               : _mm256_cvtss_f32(_mm256_castsi256_ps(_mm256_slli_epi32(back, 23)));
-  return _mm256_cvtps_epi32(_mm256_mul_ps(x, up));
+  const __m256i up = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(254), back), 23);
+  const __m256i wild = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7fffff));
+  _mm256_store_ps(
+      units, _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(back, 23), wild)));
+  for (int i = 0; i < 8; ++i) {
+    const __m256i every = _mm256_permutevar8x32_epi32(up, _mm256_set1_epi32(i));
+    q[i] = _mm256_cvtps_epi32(
+        _mm256_mul_ps(_mm256_loadu_ps(x + W * i), _mm256_castsi256_ps(every)));
+  }
 }
 
-inline __m256i pairs(__m256i w, const uint8_t* x) {
-  return _mm256_maddubs_epi16(w, _mm256_load_si256(reinterpret_cast<const __m256i*>(x)));
+// 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
+struct Weights {
+  __m256i even, odd, quarters[4];
+
+  explicit Weights(__m256i nibbles) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
+    even = _mm256_and_si256(nibbles, nibble);
+    odd = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), nibble);
+    quarters[0] = _mm256_slli_epi16(even, 8);
+    quarters[1] = _mm256_and_si256(even, upper);
+    quarters[2] = _mm256_slli_epi16(odd, 8);
+    quarters[3] = _mm256_and_si256(odd, upper);
+  }
+};
+
+// Sum over each lane's values of x times w, as the integers that they stand for.
+inline __m256 whole(const Weights& w, const uint8_t* x) {
+  const auto* from = reinterpret_cast<const __m256i*>(x);
+  const __m256i a = _mm256_add_epi32(
+      _mm256_madd_epi16(w.quarters[0], _mm256_load_si256(from)),
+      _mm256_madd_epi16(w.quarters[1], _mm256_load_si256(from + 1)));
+  const __m256i b = _mm256_add_epi32(
+      _mm256_madd_epi16(w.quarters[2], _mm256_load_si256(from + 2)),
+      _mm256_madd_epi16(w.quarters[3], _mm256_load_si256(from + 3)));
+  const __m256i l = _mm256_add_epi16(
+      _mm256_maddubs_epi16(w.even, _mm256_load_si256(from + 4)),
+      _mm256_maddubs_epi16(w.odd, _mm256_load_si256(from + 5)));
+  const __m256i sum = _mm256_add_epi32(
+      _mm256_add_epi32(a, b), _mm256_madd_epi16(l, _mm256_set1_epi16(1)));
+  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
 }
 
-// Sum over each lane's digits times w, as the integers that they stand for.
-inline __m256 whole(__m256i low, __m256i high, const uint8_t* x) {
-  const __m256i h = _mm256_add_epi16(pairs(low, x), pairs(high, x + 32));
-  const __m256i m = _mm256_add_epi16(pairs(low, x + 64), pairs(high, x + 96));
-  const __m256i l = _mm256_add_epi16(pairs(low, x + 128), pairs(high, x + 160));
-  const __m256i one = _mm256_set1_epi16(1), byte = _mm256_set1_epi16(256);
-  const __m256i above = _mm256_add_epi32(_mm256_madd_epi16(h, byte), _mm256_madd_epi16(m, one));
-  // below 15 * 8 * 2^23
-  return _mm256_cvtepi32_ps(
-      _mm256_add_epi32(_mm256_slli_epi32(above, 8), _mm256_madd_epi16(l, one)));
+// h of eight times eight values, into four vectors.
+inline void high_digits(const __m256i* q, __m256i* to) {
+  __m256i y[4];
+  for (int i = 0; i < 4; ++i) {
+    // The first and the fifth of eight side by side, the second and the sixth...
+    const __m256i first = _mm256_permute2x128_si256(q[i], q[i + 4], 0x20);
+    const __m256i last = _mm256_permute2x128_si256(q[i], q[i + 4], 0x31);
+    y[i] = _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16), 0xaa);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(y[0], y[1]), b = _mm256_unpackhi_epi32(y[0], y[1]);
+  const __m256i c = _mm256_unpacklo_epi32(y[2], y[3]), d = _mm256_unpackhi_epi32(y[2], y[3]);
+  _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
+  _mm256_store_si256(to + 1, _mm256_unpacklo_epi64(b, d));
+  _mm256_store_si256(to + 2, _mm256_unpackhi_epi64(a, c));
+  _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
 }
 
 // One block of one row of x, zeros after `count`, and its lanes' sums.
@@ -110,17 +156,15 @@ inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
   }
   float* units = reinterpret_cast<float*>(out + 192);
   __m256i q[8];
-  for (int i = 0; i < 8; ++i) q[i] = fixed(_mm256_loadu_ps(x + W * i), units + i);
-  const __m256i half = _mm256_set1_epi32(128);
-  for (int d = 2; d >= 0; --d) {
-    const __m256i a = lowest(q), b = lowest(q + 4);
-    auto* to = reinterpret_cast<__m256i*>(out + 64 * d);
-    _mm256_store_si256(to, every_other<0>(a, b));
-    _mm256_store_si256(to + 1, every_other<8>(a, b));
-    for (int i = 0; i < 8; ++i) q[i] = _mm256_srai_epi32(_mm256_add_epi32(q[i], half), 8);
-  }
-  const __m256i one = _mm256_set1_epi8(1);
-  return _mm256_mul_ps(whole(one, one, out), _mm256_load_ps(units));
+  fixed(x, q, units);
+  auto* to = reinterpret_cast<__m256i*>(out);
+  const __m256i a = lowest(q), b = lowest(q + 4), half = _mm256_set1_epi32(128);
+  _mm256_store_si256(to + 4, every_other<0>(a, b));
+  _mm256_store_si256(to + 5, every_other<8>(a, b));
+  for (__m256i& one : q) one = _mm256_srai_epi32(_mm256_add_epi32(one, half), 8);
+  high_digits(q, to);
+  const Weights ones(_mm256_set1_epi8(17));
+  return _mm256_mul_ps(whole(ones, out), _mm256_load_ps(units));
 }
 
 int64_t packed(const Matrix& A, int M) {
@@ -139,21 +183,23 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   auto* to = reinterpret_cast<uint8_t*>(out);
   float* sums = out + M * L.blocks * block_bytes / 4;
   for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
-  const int64_t lanes = A.group / W; // of one group; 16 where it takes two blocks
+  const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
   for (int64_t k = 0; k < L.blocks; ++k) {
     for (int m = 0; m < M; ++m, to += block_bytes) {
-      alignas(32) float lane[W];
-      _mm256_store_ps(lane, pack_block(x[m] + k * columns, L.K - k * columns, to));
-      for (int i = 0; i < W; ++i) {
-        const int64_t g = (k * W + i) / lanes;
-        if (g < L.G) sums[m * L.sums + g] += lane[i];
-      }
+      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, to);
+      // Of each half of the block: a group of 32, or a part of one.
+      const __m128 four =
+          _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+      const __m128 two = _mm_hadd_ps(four, four);
+      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
+      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
     }
   }
 }
 
 // `count` scales (or biases) from `index` on as floats, then zeros up to `room`.
-inline void widen(const void* from, Scale type, int64_t index, int64_t count, int64_t room, float* to) {
+inline void widen(
+    const void* from, Scale type, int64_t index, int64_t count, int64_t room, float* to) {
   int64_t i = 0;
   for (; i + W <= count; i += W) {
     __m256 wide;
@@ -214,18 +260,16 @@ inline __attribute__((always_inline)) void tile(
       }
     }
   }
-  const __m256i nibble = _mm256_set1_epi8(15);
   const int apart = A.group == 128;
   for (int64_t k = 0; k < L.blocks; ++k, x += M * block_bytes) {
     const bool part = (k + 1) * 32 > row_bytes; // the last 16 bytes of a row
     for (int r = 0; r < R; ++r) {
       const uint8_t* from = weights + r * row_bytes + k * 32;
       const auto* there = reinterpret_cast<const __m128i*>(from);
-      const __m256i q = part ? _mm256_zextsi128_si256(_mm_loadu_si128(there))
-                             : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      const Weights w(
+          part ? _mm256_zextsi128_si256(_mm_loadu_si128(there))
+               : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
       if (k % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
-      const __m256i low = _mm256_and_si256(q, nibble);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
       const float* s = scales + r * room + (halves ? 2 * k : k >> apart);
       const __m256 scale = halves
           ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
@@ -233,8 +277,7 @@ inline __attribute__((always_inline)) void tile(
       for (int m = 0; m < M; ++m) {
         const uint8_t* xm = x + m * block_bytes;
         const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(xm + 192));
-        total[r][m] =
-            _mm256_fmadd_ps(whole(low, high, xm), _mm256_mul_ps(scale, unit), total[r][m]);
+        total[r][m] = _mm256_fmadd_ps(whole(w, xm), _mm256_mul_ps(scale, unit), total[r][m]);
       }
     }
   }
@@ -287,26 +330,26 @@ void silu(float* x, int64_t count) {
   rows_avx2().silu(x, count);
 }
 
-// Eight independent sums of bytes; three products of bytes make one of a weight.
+// Eight independent sums; seven multiplications make the products of 64 weights.
 float peak(int rounds, int start) {
   __m256i w[4], sums[8];
-  for (int i = 0; i < 4; ++i) w[i] = _mm256_set1_epi8(static_cast<char>(start + i));
+  for (int i = 0; i < 4; ++i) w[i] = _mm256_set1_epi16(static_cast<short>(start + i));
   for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
-  const __m256i x[2] = {_mm256_set1_epi8(3), _mm256_set1_epi8(5)};
+  const __m256i x[2] = {_mm256_set1_epi16(3), _mm256_set1_epi16(5)};
   for (int round = 0; round < rounds; ++round) {
     for (int i = 0; i < 8; ++i) {
-      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(w[i % 4], x[i / 4]));
+      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w[i % 4], x[i / 4]));
     }
     for (__m256i& one : w) asm volatile("" : "+x"(one)); // or products would be made once
   }
-  for (int i = 1; i < 8; ++i) sums[0] = _mm256_add_epi16(sums[0], sums[i]);
-  return static_cast<float>(_mm256_extract_epi16(sums[0], 0));
+  for (int i = 1; i < 8; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
+  return static_cast<float>(_mm256_extract_epi32(sums[0], 0));
 }
 
 } // namespace
 
 const Rows& rows_maddubs() {
-  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 8 * 32 / 3};
+  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 8 * 64 / 7};
   return table;
 }
 
