@@ -19,7 +19,8 @@ import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 
 from kernels import backend, blocks
-from kernels.blocks import KEY_WIDTHS, float32, form_of, frequencies
+from kernels.qwen import KEY_WIDTHS, frequencies
+from kernels.weights import float32, form_of
 
 # What is replaced: (where, name). Looked up by MLX's layers and mlx-lm's models at each call.
 _PLACES: tuple[tuple[Any, str], ...] = (

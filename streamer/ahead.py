@@ -8,7 +8,7 @@ as the first to be evicted. The pool knows nothing of these slots until then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import StreamerError
 from .native_reads import NativeTicket
@@ -33,6 +33,12 @@ class Reading:
     def cancel(self) -> None:
         """A guess is not needed; what of it has not started is left out."""
         self._ticket.cancel()
+
+    @property
+    def native(self) -> Any:
+        """The extension's ticket, where the extension reads."""
+        assert isinstance(self._ticket, NativeTicket)
+        return self._ticket.native
 
     def wait(self) -> None:
         """Block until every byte is in place. Raises StreamerError on a failed read."""

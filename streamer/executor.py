@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from kernels import blocks
+from kernels import routed
 
 from .ahead import ReadAhead, Reading
 from .counters import Counters
@@ -70,6 +70,7 @@ class Executor:
         self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self._readings: list[Reading] = []
+        self._fetched: list[tuple[list[int], Reading]] = []  # by a call that is computed elsewhere
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
         self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
@@ -104,31 +105,99 @@ class Executor:
         else:
             ids = known
         self._settle()
+        placed = self._place(layer, ids)
+        if placed is None:
+            return self._many(layer, inner, x, ids)
+        there, reading_now = placed
+        coming = []
+        for experts, reading in reading_now:
+            if reading.done:
+                self._wait(reading.wait)
+                there.update(experts)
+            else:
+                coming.append((experts, reading))
+        if not there and len(coming) == 1:
+            self._wait(coming.pop()[1].wait)
+        if not coming:
+            return self._track(inner(x, self._slots(layer, ids)))
+        groups = Groups(inner, x, ids, self.pool.slot_of[layer])
+        if there:
+            groups.add(there)
+        for experts, reading in coming:
+            self._wait(reading.wait)
+            groups.add(set(experts))
+        return self._track(groups.join())
+
+    def fetch(
+        self, layer: int, ids: np.ndarray
+    ) -> tuple[np.ndarray, list[tuple[list[int], Reading]]]:
+        """For experts ids [..., k] of a few rows: their slots, and the reads under way.
+
+        For who computes them without this executor, at once: the pairs of row and choice that
+        wait for each read. `landed` is to be called before anything else is asked for. Raises
+        StreamerError when a read fails; the pool is then empty and usable.
+        """
+        try:
+            self.counters.syncs += 1
+            self._settle()
+            placed = self._place(layer, ids)
+            if placed is None:
+                raise StreamerError(f"{ids.size} experts do not fit into {self.pool.slots} slots")
+            self._fetched = placed[1]
+            flat = ids.reshape(-1).tolist()
+            waiting = [
+                ([i for i, e in enumerate(flat) if e in experts], reading)
+                for experts, reading in self._fetched
+            ]
+            return self.pool.slot_of[layer][ids], waiting
+        except BaseException:
+            self.abandon()
+            raise
+
+    def landed(self, waited: float) -> None:
+        """What was fetched has been used, `waited` seconds of it for reads.
+
+        Raises StreamerError when a read failed; the pool is then empty and usable.
+        """
+        try:
+            for _, reading in self._fetched:
+                reading.wait()
+            self._fetched = []
+            self.counters.io_wait_seconds += waited
+            if waited and self.watch is not None:
+                self.watch.waited(waited)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _place(
+        self, layer: int, ids: np.ndarray
+    ) -> tuple[set[int], list[tuple[list[int], Reading]]] | None:
+        """Bring the experts of a few rows into the pool: those that are there, and on their way.
+
+        None where there are too many, of rows or for the pool.
+        """
         self.pool.chose(layer, ids)
         np.add.at(self.uses[layer], ids.reshape(-1), 1)
         if ids.size > DECODE_PAIRS:
-            return self._many(layer, inner, x, ids)
+            return None
         table = self.pool.slot_of[layer]
         need = sorted(set(ids.reshape(-1).tolist()))  # few: sets are quicker than arrays
-        misses = [e for e in need if table[e] < 0]
-        hits = [e for e in need if table[e] >= 0]
         if len(need) > self.pool.slots:
-            return self._many(layer, inner, x, ids)
+            return None
         if held := self.ahead.held:
             self._tables.clear()
             if len(need) <= self.pool.slots - held:
                 self.ahead.reclaim()
             else:
                 self.ahead.drop(wait=True)
-            misses = [e for e in need if table[e] < 0]
-            hits = [e for e in need if table[e] >= 0]
+        misses = [e for e in need if table[e] < 0]
+        hits = [e for e in need if table[e] >= 0]
         fresh = self._used(layer, hits) if self.fresh else frozenset()
         self._count(layer, ids, len(hits) - len(fresh), len(misses) + len(fresh))
         self.fresh -= fresh
         self.pool.touch(layer, hits)
-        if not misses:
-            return self._track(inner(x, self._slots(layer, ids)))
-        return self._decode(layer, inner, x, ids, hits, misses)
+        return (set(hits), self._read(layer, hits, misses)) if misses else (set(hits), [])
 
     def _many(self, layer: int, inner: nn.Module, x: mx.array, ids: np.ndarray) -> mx.array:
         """A call whose experts do not fit, or of many rows."""
@@ -163,7 +232,7 @@ class Executor:
         if self.pool.covers(layer):
             return inner(x, slots)
         kernel = projections(inner)
-        y = None if kernel is None else blocks.fused(x, slots, kernel)
+        y = None if kernel is None else routed.fused(x, slots, kernel)
         if y is not None:
             return y  # zeros where a slot is -1
         y = inner(x, mx.maximum(slots, 0))
@@ -174,6 +243,11 @@ class Executor:
         if layer not in self._tables:
             self._tables[layer] = mx.array(self.pool.slot_of[layer])
         return self._tables[layer]
+
+    @property
+    def fetches(self) -> bool:
+        """Whether `fetch` can be used: its reads are waited for without Python."""
+        return self._store.native
 
     def takes(self, pairs: int) -> bool:
         """Whether a pass with so many choices in a layer can be rehearsed."""
@@ -257,6 +331,7 @@ class Executor:
             with contextlib.suppress(StreamerError):
                 reading.wait()
         self._readings.clear()
+        self._fetched = []
         self.known.clear()
         self.fresh.clear()
         self._unsettled.clear()
@@ -304,15 +379,10 @@ class Executor:
         for key in keys:
             self.pool.place(*key, slots[key])
 
-    def _decode(
-        self,
-        layer: int,
-        inner: nn.Module,
-        x: mx.array,
-        ids: np.ndarray,
-        hits: list[int],
-        misses: list[int],
-    ) -> mx.array:
+    def _read(
+        self, layer: int, hits: list[int], misses: list[int]
+    ) -> list[tuple[list[int], Reading]]:
+        """Start reading absent experts into slots that are theirs at once."""
         self._tables.clear()
         parts = self.ahead.arriving(layer, misses)
         early = [e for experts, _ in parts for e in experts]
@@ -323,24 +393,7 @@ class Executor:
             parts.append((wave, self.load(layer, wave, slots)))
             for expert, slot in zip(wave, slots, strict=True):
                 self.pool.place(layer, expert, slot)
-        there, coming = set(hits), []
-        for experts, reading in parts:
-            if reading.done:
-                self._wait(reading.wait)
-                there.update(experts)
-            else:
-                coming.append((experts, reading))
-        if not there and len(coming) == 1:
-            self._wait(coming.pop()[1].wait)
-        if not coming:
-            return self._track(inner(x, self._slots(layer, ids)))
-        groups = Groups(inner, x, ids, self.pool.slot_of[layer])
-        if there:
-            groups.add(there)
-        for experts, reading in coming:
-            self._wait(reading.wait)
-            groups.add(set(experts))
-        return self._track(groups.join())
+        return parts
 
     def _waves(self, misses: list[int]) -> list[list[int]]:
         """Absent experts in the groups that are waited for: one computes while the next is read.

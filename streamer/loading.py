@@ -42,6 +42,7 @@ from .held import widen_embeddings
 from .hub import resolve
 from .kv import FULL, KVBits, read_bits
 from .opened import Opened, open_model
+from .pager import Pager
 from .probe import choose_backend
 from .rehearse import Choice, Rehearsal, decoder_layers
 from .store import Backend, Store
@@ -62,6 +63,13 @@ class StreamedSwitch(nn.Module):
         self.__dict__["_inner"] = executor.arrays.bind(switch)
         for name, child in extras(switch):
             self[name] = child
+
+    @property
+    def pager(self) -> Pager | None:
+        """For who computes the experts together with what is around them."""
+        run = self.__dict__["_run"]
+        fetches = isinstance(run, Executor) and run.fetches
+        return Pager(run, self._layer, self._inner) if fetches else None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         return self._run(self._layer, self._inner, x, indices)

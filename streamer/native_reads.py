@@ -45,6 +45,11 @@ class NativeTicket:
         self._engine, self._native, self._waited = engine, native, waited
 
     @property
+    def native(self) -> Any:
+        """The extension's own."""
+        return self._native
+
+    @property
     def done(self) -> bool:
         return self._native.done
 

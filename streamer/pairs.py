@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import switch_layers
 
-from kernels import blocks
+from kernels import routed
 
 
 class Pairs:
@@ -61,7 +61,7 @@ class Groups:
         if self._kernel is not None:
             chosen = [e if e in experts else -1 for e in self._flat]
             slots = np.array([-1 if e < 0 else self._table[e] for e in chosen], dtype=np.int32)
-            y = blocks.fused(self._x, mx.array(slots.reshape(self._ids.shape)), self._kernel)
+            y = routed.fused(self._x, mx.array(slots.reshape(self._ids.shape)), self._kernel)
         if y is None:
             self._kernel = None
             self._pairs = self._pairs or Pairs(self._x, self._ids)
@@ -83,7 +83,7 @@ class Groups:
 def projections(switch: Any) -> tuple[nn.Module, ...] | None:
     """gate, up and down of a switch that our kernels run as one, where they run at all."""
     kind = type(switch)
-    if kind is not switch_layers.SwitchGLU or kind.__call__ is not blocks.switch:
+    if kind is not switch_layers.SwitchGLU or kind.__call__ is not routed.switch:
         return None
     if type(switch.activation) is not switch_layers.SwiGLU:
         return None

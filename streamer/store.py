@@ -181,6 +181,11 @@ class Store:
         return self._counters
 
     @property
+    def native(self) -> bool:
+        """Whether the extension reads, so that an operation can wait for a ticket."""
+        return isinstance(self._engine, NativeReads)
+
+    @property
     def watch(self) -> Watch | None:
         """Told of every read."""
         return self._engine.watch

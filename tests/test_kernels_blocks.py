@@ -15,7 +15,7 @@ from mlx_lm.models import qwen3_5, qwen3_next, switch_layers
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kernels import backend, blocks, fast
+from kernels import backend, fast, qwen, routed, weights
 from mtp.rollback import Tape
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
@@ -81,7 +81,7 @@ def same(layer: nn.Module, own: Callable[..., mx.array], D: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_of_qwen(form: tuple[int, int, str] | None) -> None:
     layer = made(qwen3_next.Qwen3NextSparseMoeBlock, form, text_args())
-    same(layer, blocks.MLXLM["moe"], 128)
+    same(layer, weights.MLXLM["moe"], 128)
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
@@ -90,16 +90,16 @@ def test_one_operation_has_the_bits_of_many(
 ) -> None:
     layer = made(qwen3_next.Qwen3NextSparseMoeBlock, form, text_args())
     x = normal(1, 5, 128)
-    assert blocks._whole(layer, 5, None) is not None
+    assert routed.whole_moe(layer, 5, None) is not None
     y = layer(x)
-    monkeypatch.setattr(blocks, "_whole", lambda *_: None)
+    monkeypatch.setattr(routed, "whole_moe", lambda *_: None)
     assert mx.array_equal(layer(x), y)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("bias", [False, True])
 def test_dense_linear(bias: bool) -> None:
-    same(made(nn.Linear, None, 128, 40, bias), blocks.MLXLM["linear"], 128)
+    same(made(nn.Linear, None, 128, 40, bias), weights.MLXLM["linear"], 128)
     layer, x = nn.Linear(128, 40, bias), normal(3, 128)
     loss = nn.value_and_grad(layer, lambda x: layer(x).sum())
     assert close(loss(x)[1]["weight"][0], x.sum(axis=0), 1e-5)  # in training MLX's own, with grads
@@ -108,7 +108,7 @@ def test_dense_linear(bias: bool) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize("form", FORMS)
 def test_plain_mlp(form: tuple[int, int, str] | None) -> None:
-    same(made(qwen3_next.Qwen3NextMLP, form, 128, 192), blocks.MLXLM["mlp"], 128)
+    same(made(qwen3_next.Qwen3NextMLP, form, 128, 192), weights.MLXLM["mlp"], 128)
 
 
 @pytest.mark.smoke
@@ -119,7 +119,7 @@ def test_switch(form: tuple[int, int, str] | None, rows: int) -> None:
     x, slots = normal(1, rows, 128), mx.random.randint(0, 8, (1, rows, 3))
     y = layer(x, slots)
     fast.uninstall()
-    want = blocks.MLXLM["switch"](layer, x, slots)
+    want = weights.MLXLM["switch"](layer, x, slots)
     mx.eval(want)
     fast.install()
     assert y.shape == want.shape and close(y, want)
@@ -131,7 +131,7 @@ def test_many_pairs_have_the_bits_of_few(monkeypatch: pytest.MonkeyPatch) -> Non
     layer = made(switch_layers.SwitchGLU, FORMS[0], 128, 192, 8)
     x, slots = normal(1, 40, 128), mx.random.randint(0, 8, (1, 40, 3))
     y = layer(x, slots)
-    monkeypatch.setattr(blocks, "FUSED_FLOATS", 0)
+    monkeypatch.setattr(routed, "FUSED_FLOATS", 0)
     assert mx.array_equal(layer(x, slots), y)
 
 
@@ -147,7 +147,7 @@ def test_another_activation_is_mlx_lms() -> None:
     layer = switch_layers.SwitchGLU(128, 192, 8, activation=lambda up, gate: up + gate)
     nn.quantize(layer)
     x, slots = normal(1, 2, 128), mx.array([[[1, 2], [0, 3]]])
-    assert mx.array_equal(layer(x, slots), blocks.MLXLM["switch"](layer, x, slots))
+    assert mx.array_equal(layer(x, slots), weights.MLXLM["switch"](layer, x, slots))
 
 
 @pytest.mark.smoke
@@ -297,12 +297,12 @@ def test_what_does_not_fit_a_layer_is_refused() -> None:
     native = backend.native()
     assert native is not None
     layer = made(qwen3_5.DecoderLayer, FORMS[0], text_args(), 3)
-    out = blocks.group(layer.self_attn.o_proj)
+    out = weights.group(layer.self_attn.o_proj)
     x, y, gates = normal(1, 2, 128), normal(1, 2, 2, 64), normal(1, 2, 128)
     assert native.attention_output(x, y, gates, out).shape == x.shape
     with pytest.raises(ValueError, match="attention_output: "):
         native.attention_output(x, y, gates[..., :64], out)
-    whole = blocks._whole(layer.mlp, 2, layer.post_attention_layernorm)
+    whole = routed.whole_moe(layer.mlp, 2, layer.post_attention_layernorm)
     with pytest.raises(ValueError, match="moe: "):
         whole(x[..., :64])
 
@@ -310,19 +310,19 @@ def test_what_does_not_fit_a_layer_is_refused() -> None:
 def test_an_op_is_kept_while_its_arrays_are_the_same() -> None:
     layer = made(qwen3_5.DecoderLayer, FORMS[0], text_args(), 0)
     net, norm, x = layer.linear_attn, layer.input_layernorm, normal(1, 1, 128)
-    op = blocks._whole_delta(net, norm)
-    assert op.kept and blocks._whole_delta(net, norm) is op
+    op = qwen.whole_delta(net, norm)
+    assert op.kept and qwen.whole_delta(net, norm) is op
     before = layer(x, None, ArraysCache(size=2))
     net.norm.weight = net.norm.weight * 2.0  # not yet evaluated: not kept
-    changed = blocks._whole_delta(net, norm)
+    changed = qwen.whole_delta(net, norm)
     assert changed is not op and not changed.kept
     y = layer(x, None, ArraysCache(size=2))
     assert not mx.array_equal(y, before)
     mx.eval(net.norm.weight)
-    assert blocks._whole_delta(net, norm).kept
+    assert qwen.whole_delta(net, norm).kept
     assert mx.array_equal(layer(x, None, ArraysCache(size=2)), y)
     number = id(net)
-    assert number in blocks._kept
+    assert number in weights._kept
     del layer, net, norm
     gc.collect()
-    assert number not in blocks._kept
+    assert number not in weights._kept

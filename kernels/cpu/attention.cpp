@@ -10,27 +10,17 @@
 namespace streamer {
 namespace {
 
-// What one call is about. Rows of a key head: r = group * T + t, R of them, each D floats.
-struct Call {
-  int B, Hk, R, T, D, Dv, S;
-  float scale;
-  bool causal;
-  const float *q, *k, *v, *bias, *sinks;
-  float* out;
-  int64_t k_strides[3], v_strides[3];
-
-  int seen(int r) const {
-    return causal ? S - T + r % T + 1 : S;
-  }
-};
+int seen(const Attend& call, int r) {
+  return call.causal ? call.S - call.T + r % call.T + 1 : call.S;
+}
 
 // Rows [first, first + rows) of a key head over one span: softmax within it, and its values'
 // weighted sum y [rows, Dv].
 void run_span(
-    const Call& call, int head, int first, int rows, int index, float* y, float* tops, float* totals) {
+    const Attend& call, int head, int first, int rows, int index, float* y, float* tops, float* totals) {
   const AttendSteps& steps = attend_steps();
   const int from = index * span, D = call.D, Dv = call.Dv;
-  auto end_of = [&](int r) { return std::clamp(call.seen(first + r) - from, 0, span); };
+  auto end_of = [&](int r) { return std::clamp(seen(call, first + r) - from, 0, span); };
   int count = 0;
   for (int r = 0; r < rows; ++r) count = std::max(count, end_of(r));
   std::fill(y, y + int64_t(rows) * Dv, 0.0f);
@@ -61,7 +51,7 @@ void run_span(
 }
 
 // One row of the output from its sum y, with the sink's share of the weight.
-void finish(const Call& call, int head, int r, const Sum& sum) {
+void finish(const Attend& call, int head, int r, const Sum& sum) {
   float weight = 1.0f, of_sink = 0.0f;
   if (call.sinks != nullptr) {
     const float sink = call.sinks[head % call.Hk * (call.R / call.T) + r / call.T];
@@ -86,6 +76,18 @@ const AttendSteps& attend_steps() {
   return attend_portable();
 }
 
+void attend(const Attend& call) {
+  const Part all{
+      (call.S + span - 1) / span, call.Dv,
+      [&call](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
+        run_span(call, head, first, rows, index, y, tops, totals);
+      }};
+  const int64_t work = int64_t(call.B) * call.Hk * call.R * call.S * (call.D + call.Dv);
+  run_parts(call.B * call.Hk, call.R, work, {all}, [&call](int head, int r, const Sum* sums) {
+    finish(call, head, r, *sums);
+  });
+}
+
 mx::array attention(
     const mx::array& q,
     const mx::array& k,
@@ -108,7 +110,7 @@ mx::array attention(
   const bool biased = bias.has_value(), sunk = sinks.has_value();
   auto body = [=](const Arrays& in, Arrays& out) {
     Data data;
-    Call call{B, Hk, H / Hk * T, T, D, Dv, S, scale, causal, data(in[0])};
+    Attend call{B, Hk, H / Hk * T, T, D, Dv, S, scale, causal, data(in[0])};
     call.bias = biased ? data(in[3]) : nullptr;
     call.sinks = sunk ? data(in[3 + biased]) : nullptr;
     call.out = out[0].data<float>();
@@ -126,14 +128,7 @@ mx::array attention(
       call.k_strides[axis] = stride(in[1], axis);
       call.v_strides[axis] = stride(in[2], axis);
     }
-    const Part all{
-        (S + span - 1) / span, Dv,
-        [&call](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
-          run_span(call, head, first, rows, index, y, tops, totals);
-        }};
-    run_parts(B * Hk, call.R, int64_t(B) * H * T * S * (D + Dv), {all}, [&call](int head, int r, const Sum* sums) {
-      finish(call, head, r, *sums);
-    });
+    attend(call);
   };
   return mx::array(
       {B, H, T, Dv},

@@ -24,4 +24,17 @@ mx::array attention(
     const std::optional<mx::array>& sinks,
     mx::StreamOrDevice stream);
 
+// The same on data. Rows of a key head: r = group * T + t, R of them, each D floats; bias, sinks may
+// be null; strides of keys and values are those of batch, head and token.
+struct Attend {
+  int B, Hk, R, T, D, Dv, S;
+  float scale;
+  bool causal;
+  const float *q, *k, *v, *bias, *sinks;
+  float* out;
+  int64_t k_strides[3], v_strides[3];
+};
+
+void attend(const Attend& call);
+
 } // namespace streamer

@@ -123,6 +123,17 @@ mx::array swiglu(const mx::array& gate, const mx::array& x, mx::StreamOrDevice s
   return mx::array(x.shape(), mx::float32, std::move(step), {gate, x});
 }
 
+void dequantize_row(
+    const uint32_t* w, const float* scales, const float* biases, int group, int bits, int64_t K, float* y) {
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t at = k * bits;
+    uint32_t q = w[at / 32] >> at % 32;
+    if (at % 32 + bits > 32) q |= w[at / 32 + 1] << (32 - at % 32);
+    q &= (1u << bits) - 1;
+    y[k] = scales[k / group] * static_cast<float>(q) + biases[k / group];
+  }
+}
+
 mx::array dequantize(
     const mx::array& w,
     const mx::array& scales,
@@ -149,13 +160,7 @@ mx::array dequantize(
     each(rows, rows * K * 4, [&](int r) {
       const uint32_t* from = words + r * (K * bits / 32);
       const int64_t g = r * (K / group);
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t at = k * bits;
-        uint32_t q = from[at / 32] >> at % 32;
-        if (at % 32 + bits > 32) q |= from[at / 32 + 1] << (32 - at % 32);
-        q &= (1u << bits) - 1;
-        y[r * K + k] = s[g + k / group] * static_cast<float>(q) + b[g + k / group];
-      }
+      dequantize_row(from, s + g, b + g, group, bits, K, y + r * K);
     });
   };
   return mx::array(

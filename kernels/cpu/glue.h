@@ -43,6 +43,10 @@ mx::array dequantize(
     int bits,
     mx::StreamOrDevice stream);
 
+// One row of it, K columns.
+void dequantize_row(
+    const uint32_t* w, const float* scales, const float* biases, int group, int bits, int64_t K, float* y);
+
 // Rotates the first 2 n of the last axis of x [..., L, D] by (offset + row) * scale * frequencies
 // [n]; pairs are neighbours if `traditional`, else n apart.
 mx::array rope(

@@ -2,7 +2,7 @@
 // came in. Every value is that of the ops it stands for, which see for shapes. All float32.
 #pragma once
 
-#include "moe.h"
+#include "block.h"
 
 namespace streamer {
 
@@ -22,6 +22,10 @@ class DeltaLayer {
   bool kept() const {
     return run_.kept();
   }
+  // States: the convolution's [B, taps - 1, C] and the rule's [B, Hv, Dv, Dk].
+  const Block& block() const {
+    return block_;
+  }
   // Gives [B, T, D], the convolution's new state and the rule's; then, `taped`, what the rule was
   // given: q, k, v, a, b as for delta_update(), and qkv [B, T, C].
   std::vector<mx::array> operator()(
@@ -32,33 +36,9 @@ class DeltaLayer {
       mx::StreamOrDevice stream) const;
 
  private:
-  int D_, Hk_, Dk_, Hv_, Dv_, taps_;
+  int Hk_, Dk_, Hv_, Dv_;
+  Block block_;
   Bound run_;
 };
-
-// x [B, T, D] -> queries [B, H, T, W], keys and values [B, Hk, T, W], gates [B, T, H W]: the products
-// of rms_norm(x) with q [2 H W, D] (a query and a gate for each head), k and v [Hk W, D]; queries and
-// keys normed and rotated as by rope().
-std::vector<mx::array> attention_inputs(
-    const mx::array& x,
-    const Norm& norm,
-    const Alike& projections,
-    const Norm& q_norm,
-    const Norm& k_norm,
-    const mx::array& frequencies,
-    bool traditional,
-    float scale,
-    int offset,
-    int heads,
-    int key_heads,
-    mx::StreamOrDevice stream);
-
-// x [B, T, D] + (y * sigmoid(gates)) @ out^T: y [B, H, T, W], gates [B, T, H W], out [D, H W].
-mx::array attention_output(
-    const mx::array& x,
-    const mx::array& y,
-    const mx::array& gates,
-    const Alike& out,
-    mx::StreamOrDevice stream);
 
 } // namespace streamer

@@ -13,10 +13,9 @@
 #include "floors.h"
 #include "glue.h"
 #include "isa.h"
-#include "layers.h"
 #include "linear.h"
-#include "moe.h"
 #include "pool.h"
+#include "python.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -24,39 +23,20 @@ using namespace nb::literals;
 
 namespace {
 
-// Weight, scales, biases: what Python passes for a stack of experts.
-using Arrays = std::tuple<
-    mlx::core::array,
-    std::optional<mlx::core::array>,
-    std::optional<mlx::core::array>>;
-
-// Weights quantized alike, with group size, bits and mode.
-using Group = std::tuple<std::vector<Arrays>, int, int, std::string>;
+using Arrays = streamer::WeightOf;
 
 streamer::Weight stack(const Arrays& arrays) {
-  return {std::get<0>(arrays), std::get<1>(arrays), std::get<2>(arrays)};
-}
-
-// A norm's weight and epsilon.
-using NormOf = std::tuple<mlx::core::array, float>;
-
-streamer::Norm norm_of(const NormOf& norm) {
-  return {std::get<0>(norm), std::get<1>(norm)};
-}
-
-streamer::Alike alike(const Group& group) {
-  const auto& [weights, size, bits, mode] = group;
-  streamer::Alike out{{}, size, bits, mode};
-  for (const Arrays& weight : weights) out.weights.push_back(stack(weight));
-  return out;
+  return streamer::weight_of(arrays);
 }
 
 } // namespace
 
 void bind_reads(nb::module_& m);  // reads_python.cpp
+void bind_layers(nb::module_& m);  // layers_python.cpp
 
 NB_MODULE(native, m) {
   bind_reads(m);
+  bind_layers(m);
   m.def("isas", &streamer::isas, "Instruction sets that run here, fastest first.");
   m.def("isa", &streamer::isa, "The instruction set in use.");
   m.def("set_isa", &streamer::set_isa, "name"_a, "Use one of isas(); False if it isn't one.");
@@ -192,94 +172,6 @@ NB_MODULE(native, m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       "sum_k y[..., k, D] * scores[..., k], plus sigmoid(gate [..., 1]) * shared [..., D].");
-  nb::class_<streamer::Moe>(
-      m, "Moe",
-      "A block of experts: route, gather_swiglu, a shared expert and combine in one; with a norm "
-      "(weight, eps) x + moe(rms_norm(x)).")
-      .def(
-          "__init__",
-          [](streamer::Moe* self, int width, const Group& routers, const Group& experts,
-             const Group& shared, int k, bool normalize, const std::optional<NormOf>& norm) {
-            std::optional<streamer::Norm> before;
-            if (norm) before = norm_of(*norm);
-            new (self) streamer::Moe(
-                width, alike(routers), alike(experts), alike(shared), k, normalize, before);
-          },
-          "width"_a,
-          "routers"_a,
-          "experts"_a,
-          "shared"_a,
-          nb::kw_only(),
-          "k"_a,
-          "normalize"_a,
-          "norm"_a = nb::none())
-      .def_prop_ro("kept", &streamer::Moe::kept, "Whether it may be kept: all weights are there.")
-      .def("__call__", &streamer::Moe::operator(), "x"_a, "stream"_a = nb::none());
-  nb::class_<streamer::DeltaLayer>(
-      m, "DeltaLayer", "x + gated delta net of rms_norm(x), with a tape's arrays if asked for.")
-      .def(
-          "__init__",
-          [](streamer::DeltaLayer* self, const NormOf& norm, const Group& in, const Group& out,
-             const mlx::core::array& taps, const mlx::core::array& a_log,
-             const mlx::core::array& dt_bias, const NormOf& gain, int key_heads, int key_width,
-             int value_heads) {
-            new (self) streamer::DeltaLayer(
-                norm_of(norm),
-                {alike(in), alike(out), taps, a_log, dt_bias, std::get<0>(gain), std::get<1>(gain),
-                 key_heads, key_width, value_heads});
-          },
-          "norm"_a,
-          "inputs"_a,
-          "output"_a,
-          "taps"_a,
-          "a_log"_a,
-          "dt_bias"_a,
-          "gain"_a,
-          nb::kw_only(),
-          "key_heads"_a,
-          "key_width"_a,
-          "value_heads"_a)
-      .def_prop_ro("kept", &streamer::DeltaLayer::kept)
-      .def(
-          "__call__", &streamer::DeltaLayer::operator(), "x"_a, "before"_a, "state"_a,
-          "taped"_a = false, "stream"_a = nb::none());
-  m.def(
-      "attention_inputs",
-      [](const mlx::core::array& x, const NormOf& norm, const Group& projections,
-         const NormOf& q_norm, const NormOf& k_norm, const mlx::core::array& frequencies,
-         bool traditional, float scale, int offset, int heads, int key_heads,
-         mlx::core::StreamOrDevice stream) {
-        return streamer::attention_inputs(
-            x, norm_of(norm), alike(projections), norm_of(q_norm), norm_of(k_norm), frequencies,
-            traditional, scale, offset, heads, key_heads, stream);
-      },
-      "x"_a,
-      "norm"_a,
-      "projections"_a,
-      "q_norm"_a,
-      "k_norm"_a,
-      "frequencies"_a,
-      nb::kw_only(),
-      "traditional"_a,
-      "scale"_a,
-      "offset"_a,
-      "heads"_a,
-      "key_heads"_a,
-      "stream"_a = nb::none(),
-      "Queries, keys, values of rms_norm(x), normed and rotated, and the output's gates.");
-  m.def(
-      "attention_output",
-      [](const mlx::core::array& x, const mlx::core::array& y, const mlx::core::array& gates,
-         const Group& out, mlx::core::StreamOrDevice stream) {
-        return streamer::attention_output(x, y, gates, alike(out), stream);
-      },
-      "x"_a,
-      "y"_a,
-      "gates"_a,
-      "output"_a,
-      nb::kw_only(),
-      "stream"_a = nb::none(),
-      "x + (y * sigmoid(gates)) @ output.T.");
   m.def(
       "swiglu",
       &streamer::swiglu,

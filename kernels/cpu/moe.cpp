@@ -1,8 +1,9 @@
 #include "moe.h"
 
+#include <algorithm>
+
 #include "data.h"
 #include "glue.h"
-#include "stacks.h"
 
 namespace streamer {
 namespace {
@@ -15,83 +16,130 @@ std::vector<Experts> stacks_of(const Alike& all, const std::vector<int>& columns
   return out;
 }
 
-Bound bound_moe(
-    int D,
-    const Alike& routers,
-    const Alike& experts,
-    const Alike& shared,
-    int k,
-    bool normalize,
-    const std::optional<Norm>& norm) {
-  check(
-      routers.weights.size() == 2 && experts.weights.size() == 3 && shared.weights.size() == 3,
-      "moe: there must be two routers, and gate, up and down twice");
-  const int S = experts.weights[0].w.shape(0), I = experts.weights[0].w.shape(1),
-            J = shared.weights[0].w.shape(0);
-  const auto r = stacks_of(routers, {D, D}), e = stacks_of(experts, {D, D, I}),
-             s = stacks_of(shared, {D, D, J});
-  check(r[0].A.N == S && r[1].A.N == 1 && k >= 1 && k <= S, "moe: the routers don't fit");
-  for (const auto& [three, inner, slots] : {std::tuple{&e, I, S}, std::tuple{&s, J, 1}}) {
-    for (const Experts& one : *three) check(one.slots == slots, "moe: slots don't fit together");
-    check((*three)[1].A.N == inner && (*three)[2].A.N == D, "moe: gate, up and down don't fit");
-  }
-  Arrays weights;
-  for (const Alike* all : {&routers, &experts, &shared}) {
-    for (const Weight& weight : all->weights) append(weights, weight);
-  }
-  if (norm) {
-    check_float({norm->weight}, "moe: the norm must be float32");
-    check(norm->weight.shape() == mx::Shape{D}, "moe: the norm doesn't fit x");
-    weights.push_back(norm->weight);
-  }
-  auto body = [=, normed = norm.has_value(), epsilon = norm ? norm->eps : 0.0f](
-                  const Arrays& in, Arrays& out) {
-    std::vector<std::shared_ptr<char>> copies;
-    size_t at = 1;
-    std::vector<Matrix> A;
-    for (const auto* some : {&r, &e, &s}) {
-      for (const Experts& one : *some) A.push_back(bound(one, in, at, copies));
-    }
-    const auto* from = static_cast<const float*>(row_major(in[0], copies));
-    const int R = static_cast<int>(out[0].size() / D);
-    std::vector<float> scaled(normed ? int64_t(R) * D : 0);
-    if (normed) {
-      const auto* w = static_cast<const float*>(row_major(in[at], copies));
-      norm_rows(from, R, D, w, epsilon, scaled.data());
-    }
-    const float* x = normed ? scaled.data() : from;
-    const std::vector<int32_t> only(R, 0);
-    std::vector<int32_t> ids(R * k);
-    std::vector<float> logits(int64_t(R) * S), opening(R), scores(R * k), y(int64_t(R) * (k + 1) * D);
-    const Pairs all(only.data(), R, 1, 1);
-    Plan route;
-    route.add(all, x, 1, {{A[0], logits.data()}, {A[1], opening.data()}});
-    route.run();
-    route_rows(logits.data(), R, S, k, normalize, ids.data(), scores.data());
-    const Pairs pairs(ids.data(), R * k, k, S);
-    float* others = y.data() + int64_t(R) * k * D;
-    run_swiglus({{pairs, A[2], A[3], A[4], y.data()}, {all, A[5], A[6], A[7], others}}, x);
-    float* to = out[0].data<float>();
-    combine_rows(y.data(), scores.data(), others, opening.data(), R, k, D, to);
-    if (normed) add_rows(from, int64_t(R) * D, to);
-  };
-  return {body, std::move(weights)};
+std::vector<Matrix> matrices(Inputs& next, const std::vector<Experts>& all) {
+  std::vector<Matrix> out;
+  for (const Experts& one : all) out.push_back(next.matrix(one));
+  return out;
 }
 
 } // namespace
 
-Moe::Moe(
-    int D,
-    const Alike& routers,
-    const Alike& experts,
-    const Alike& shared,
-    int k,
-    bool normalize,
-    const std::optional<Norm>& norm)
-    : D_(D), run_(bound_moe(D, routers, experts, shared, k, normalize, norm)) {}
+MoeBlock::MoeBlock(int D, const MoeWeights& w, const std::optional<Norm>& norm, bool paged)
+    : D_(D),
+      k_(w.k),
+      normalize_(w.normalize),
+      normed_(norm.has_value()),
+      eps_(norm ? norm->eps : 0.0f) {
+  check(
+      w.routers.weights.size() == 2 && w.experts.weights.size() == 3 && w.shared.weights.size() == 3,
+      "moe: there must be two routers, and gate, up and down twice");
+  S_ = w.experts.weights[0].w.shape(0);
+  const int I = w.experts.weights[0].w.shape(1), J = w.shared.weights[0].w.shape(0);
+  routers_ = stacks_of(w.routers, {D, D});
+  experts_ = stacks_of(w.experts, {D, D, I});
+  shared_ = stacks_of(w.shared, {D, D, J});
+  E_ = routers_[0].A.N;
+  check(
+      (paged || E_ == S_) && routers_[1].A.N == 1 && k_ >= 1 && k_ <= E_,
+      "moe: the routers don't fit");
+  for (const auto& [three, inner, slots] : {std::tuple{&experts_, I, S_}, std::tuple{&shared_, J, 1}}) {
+    for (const Experts& one : *three) check(one.slots == slots, "moe: slots don't fit together");
+    check((*three)[1].A.N == inner && (*three)[2].A.N == D, "moe: gate, up and down don't fit");
+  }
+  for (const Weight& weight : w.routers.weights) append(routing_weights_, weight);
+  if (norm) {
+    check_float({norm->weight}, "moe: the norm must be float32");
+    check(norm->weight.shape() == mx::Shape{D}, "moe: the norm doesn't fit x");
+    routing_weights_.push_back(norm->weight);
+  }
+  for (const Alike* all : {&w.experts, &w.shared}) {
+    for (const Weight& weight : all->weights) append(expert_weights_, weight);
+  }
+}
+
+void MoeBlock::route(
+    Inputs& next,
+    const float* x,
+    int rows,
+    float* normed,
+    int32_t* ids,
+    float* scores,
+    float* opening) const {
+  const auto A = matrices(next, routers_);
+  if (normed_) {
+    norm_rows(x, rows, D_, next.floats(), eps_, normed);
+    x = normed;
+  }
+  std::vector<float> logits(int64_t(rows) * E_);
+  multiply_all(A, x, rows, {logits.data(), opening});
+  route_rows(logits.data(), rows, E_, k_, normalize_, ids, scores);
+}
+
+void MoeBlock::mix(
+    Inputs& next,
+    const float* x,
+    int rows,
+    const Routed& routed,
+    const std::vector<Arrival>& arrivals,
+    float* y) const {
+  const auto A = matrices(next, experts_), B = matrices(next, shared_);
+  const std::vector<int32_t> only(rows, 0);
+  std::vector<float> space(int64_t(rows) * (k_ + 1) * D_);
+  float *own = space.data(), *others = own + int64_t(rows) * k_ * D_;
+  const int count = rows * k_;
+  std::vector<int32_t> slots(routed.slots, routed.slots + count);
+  for (const Arrival& arrival : arrivals) {
+    for (int pair : arrival.pairs) slots[pair] = -1;
+  }
+  const Pairs all(only.data(), rows, 1, 1), here(slots.data(), count, k_, S_);
+  run_swiglus({{here, A[0], A[1], A[2], own}, {all, B[0], B[1], B[2], others}}, routed.x);
+  for (const Arrival& arrival : arrivals) {
+    arrival.wait();
+    std::fill(slots.begin(), slots.end(), -1);
+    for (int pair : arrival.pairs) slots[pair] = routed.slots[pair];
+    const Pairs come(slots.data(), count, k_, S_);
+    run_swiglus({{come, A[0], A[1], A[2], own, true}}, routed.x);
+  }
+  combine_rows(own, routed.scores, others, routed.opening, rows, k_, D_, y);
+  if (normed_) add_rows(x, int64_t(rows) * D_, y);
+}
+
+void MoeBlock::run(Inputs& next, const float* x, int rows, float* y) const {
+  std::vector<float> space(int64_t(rows) * (D_ * normed_ + k_ + 1));
+  std::vector<int32_t> ids(int64_t(rows) * k_);
+  float *scores = space.data(), *opening = scores + int64_t(rows) * k_, *normed = opening + rows;
+  route(next, x, rows, normed, ids.data(), scores, opening);
+  mix(next, x, rows, {normed_ ? normed : x, ids.data(), scores, opening}, {}, y);
+}
+
+namespace {
+
+Block block_of(const MoeBlock& moe) {
+  Block block;
+  block.D = moe.D();
+  block.weights = moe.routing_weights();
+  block.weights.insert(
+      block.weights.end(), moe.expert_weights().begin(), moe.expert_weights().end());
+  block.body = [moe](Inputs& weights, const Pass& pass) {
+    moe.run(weights, pass.x, static_cast<int>(pass.rows()), pass.y);
+  };
+  return block;
+}
+
+} // namespace
+
+Moe::Moe(int D, const MoeWeights& weights, const std::optional<Norm>& norm)
+    : block_(block_of(MoeBlock(D, weights, norm, false))),
+      run_(
+          [body = block_.body, D](const Arrays& in, Arrays& out) {
+            Inputs next(in);
+            const float* x = next.floats();
+            body(next, {1, static_cast<int>(out[0].size() / D), x, out[0].data<float>()});
+          },
+          block_.weights) {}
 
 mx::array Moe::operator()(const mx::array& x, mx::StreamOrDevice stream) const {
-  check(x.ndim() >= 1 && x.dtype() == mx::float32 && x.shape(-1) == D_, "moe: x doesn't fit");
+  check(x.ndim() >= 1 && x.dtype() == mx::float32 && x.shape(-1) == block_.D, "moe: x doesn't fit");
   return run_("StreamerMoe", {x}, {x.shape()}, stream)[0];
 }
 

@@ -6,10 +6,12 @@
 
 #include <stdexcept>
 
-#include "reads.h"
+#include "ticket.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+
+using streamer::Ticket;
 
 namespace {
 
@@ -23,44 +25,6 @@ std::pair<char*, size_t> memory(nb::handle buffer, bool writable) {
   PyBuffer_Release(&view);
   return found;
 }
-
-// A batch and the buffers that it fills, which must not go while reads are under way.
-struct Ticket {
-  std::shared_ptr<streamer::Reads> reads;
-  std::shared_ptr<streamer::ReadBatch> batch;
-  nb::object held;
-
-  Ticket(std::shared_ptr<streamer::Reads> r, std::shared_ptr<streamer::ReadBatch> b, nb::object h)
-      : reads(std::move(r)), batch(std::move(b)), held(std::move(h)) {}
-  Ticket(const Ticket&) = delete;
-  ~Ticket() {
-    if (done()) return;
-    nb::gil_scoped_release free;
-    reads->cancel(batch, true);
-    while (!reads->wait(*batch, 1)) {
-    }
-  }
-
-  bool done() const { return batch->left.load(std::memory_order_acquire) == 0; }
-
-  void wait() {
-    while (!done()) {
-      {
-        nb::gil_scoped_release free;
-        reads->wait(*batch, 0.1);
-      }
-      if (PyErr_CheckSignals() != 0) throw nb::python_error();
-    }
-    if (batch->state == streamer::reading_fine) held.reset();
-  }
-
-  // State (0: fine, an errno, or of ReadState), and file, offset and bytes of the read it is about.
-  std::tuple<int, int, int64_t, size_t> error() const {
-    if (batch->state == streamer::reading_fine || batch->runs.empty()) return {batch->state, 0, 0, 0};
-    const streamer::ReadRun& run = batch->runs[batch->failed];
-    return {batch->state, run.file, run.offset, run.nbytes};
-  }
-};
 
 Ticket* submit(
     const std::shared_ptr<streamer::Reads>& self, nb::sequence pieces, nb::sequence widen,

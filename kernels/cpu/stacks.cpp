@@ -129,7 +129,9 @@ void run_swiglus(const std::vector<Swiglu>& all, const float* x) {
     at += 2 * size;
   }
   out.run();
-  for (const Swiglu& one : all) clear_absent(one.pairs, one.y, one.down.N);
+  for (const Swiglu& one : all) {
+    if (!one.keep) clear_absent(one.pairs, one.y, one.down.N);
+  }
 }
 
 } // namespace streamer

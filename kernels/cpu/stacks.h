@@ -62,6 +62,7 @@ struct Swiglu {
   const Pairs& pairs;
   Matrix gate, up, down;
   float* y;
+  bool keep = false; // what y holds for absent pairs, instead of zeros
 };
 
 void run_swiglus(const std::vector<Swiglu>& all, const float* x);

@@ -1,0 +1,35 @@
+"""A layer's paged experts, for who computes them in one operation with what is around them.
+
+What `kernels.segments` asks of a switch: it reads a router's choice back, and gets the slots of
+the experts and the reads that some of them wait for. The executor keeps the pool, as in its own
+calls, which remain for prefill, rehearsals and families without such an operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .executor import Executor
+
+
+class Pager:
+    """switch: mlx-lm's, over the slots of the pool."""
+
+    def __init__(self, run: Executor, layer: int, switch: nn.Module):
+        self._run, self._layer, self.switch = run, layer, switch
+
+    def fetch(self, ids: mx.array) -> tuple[mx.array, list[tuple[list[int], Any]]]:
+        """Slots, int32, of experts [..., k], and (pairs, ticket) of those being read.
+
+        Raises StreamerError when a read fails.
+        """
+        slots, waiting = self._run.fetch(self._layer, np.array(ids))
+        return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
+
+    def arrived(self, waited: float) -> None:
+        """What was fetched has been used, after `waited` seconds of reads. Raises StreamerError."""
+        self._run.landed(waited)
