@@ -38,7 +38,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import backend, fast
-from .blocks import MLXLM
+from .weights import MLXLM
 
 ROWS = (1, 2, 4, 8)
 COLD = 128 << 20  # bytes that take turns: several times what the last cache holds

@@ -178,7 +178,8 @@ class Executor:
         None where there are too many, of rows or for the pool.
         """
         self.pool.chose(layer, ids)
-        np.add.at(self.uses[layer], ids.reshape(-1), 1)
+        uses = self.uses[layer]
+        uses += np.bincount(ids.reshape(-1), minlength=len(uses))
         if ids.size > DECODE_PAIRS:
             return None
         table = self.pool.slot_of[layer]

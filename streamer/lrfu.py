@@ -44,7 +44,9 @@ class Lrfu(SlotPool):
     def chose(self, layer: int, ids: np.ndarray) -> None:
         heat, top_k = self.heat(layer), ids.shape[-1]
         rows = ids.size // top_k
-        weights = np.repeat(DECAY ** np.arange(rows - 1.0, -1.0, -1.0), top_k)
+        weights = None  # one row, the usual case: all weigh 1
+        if rows > 1:
+            weights = np.repeat(DECAY ** np.arange(rows - 1.0, -1.0, -1.0), top_k)
         heat *= DECAY**rows
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
         self._at = layer

@@ -200,7 +200,7 @@ def rerun(**environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
          *(str(Path(__file__).with_name(f"test_kernels_{part}.py"))
-           for part in ("experts", "blocks", "fast"))],
+           for part in ("experts", "blocks", "segments", "fast"))],
         cwd=ROOT,
         env={**os.environ, **environment, "KERNELS_RERUN": "1"},
         capture_output=True,
