@@ -218,19 +218,23 @@ def _embedding(embedding: nn.Module) -> Any:
     if type(embedding) is nn.Embedding:
         weight = embedding["weight"]
         return ([(weight, None, None)], 0, 32, "") if float32(weight) else None
-    if type(embedding) is not nn.QuantizedEmbedding or embedding.mode != "affine":
+    if not isinstance(embedding, nn.QuantizedEmbedding) or embedding.mode != "affine":
         return None
     arrays = embedding["weight"], embedding["scales"], embedding["biases"]
+    gives = getattr(type(embedding), "gives", None)  # where rows are wider than scales
     form = form_of(embedding.mode, embedding.group_size, embedding.bits)
-    return ([arrays], *form) if form and float32(*arrays[1:]) else None
+    wide = gives == mx.float32 or (gives is None and float32(*arrays[1:]))
+    return ([arrays], *form) if form and wide else None
 
 
 def _head(inner: nn.Module, lm_head: nn.Module | None) -> Any:
     """The last norm and the head, None where somebody watches the norm or there is no kernel."""
     norm = inner["norm"]
     head = inner["embed_tokens"] if lm_head is None else lm_head
-    kind = nn.QuantizedEmbedding if lm_head is None else nn.QuantizedLinear
-    if type(norm) is not nn.RMSNorm or type(head) is not kind or not float32(norm["weight"]):
+    plain = type(head) is nn.QuantizedLinear
+    if lm_head is None:
+        plain = getattr(type(head), "as_linear", None) is nn.QuantizedEmbedding.as_linear
+    if type(norm) is not nn.RMSNorm or not plain or not float32(norm["weight"]):
         return None
     found = group(head)
     return None if found is None else ((norm["weight"], norm.eps), found)

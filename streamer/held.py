@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from kernels import backend
-from kernels.blocks import form_of
+from kernels.weights import form_of
 
 _LAYERS = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
@@ -56,6 +56,8 @@ def _for_kernels(layer: nn.Module) -> bool:
 
 class WideEmbedding(nn.QuantizedEmbedding):
     """Rows in float32 of an embedding whose scales are held narrower."""
+
+    gives = mx.float32  # told to kernels that look rows up themselves
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [...] integers -> [..., D] float32."""

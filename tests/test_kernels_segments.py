@@ -205,6 +205,20 @@ def test_other_caches_run_between_segments(model: Any, monkeypatch: pytest.Monke
     assert same(ours, decoded(model, own, 7, 4))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_rows_of_an_embedding(model: Any, dtype: mx.Dtype) -> None:
+    native = backend.native()
+    assert native is not None
+    w, scales, biases = mx.quantize(mx.random.normal((50, 64)), 32, 5)
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    mx.eval(w, scales, biases)
+    op = native.Segment(64, [], embedding=([(w, scales, biases)], 32, 5, "affine"))
+    want = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), 32, 5)
+    tokens = mx.array([[7, 0, 49]], dtype=mx.uint32)
+    assert mx.array_equal(op([tokens], [], 0, [])[0], want[tokens])
+    assert mx.array_equal(op.now([tokens], [], 0, [])[0][0], want[tokens])
+
+
 def test_what_does_not_fit_is_refused(model: Any) -> None:
     cache = prompted(model)
     plan = segments._plan(text(model), cache)

@@ -111,7 +111,11 @@ SegmentOp::Impl::Impl(Segment segment) : s_(std::move(segment)) {
     check(e.w.w.ndim() == 2, "segment: wrong axes of an embedding");
     if (e.w.scales) {
       check(e.w.biases.has_value(), "segment: an embedding must be affine");
-      check_float({*e.w.scales, *e.w.biases}, "segment: an embedding's scales must be float32");
+      for (const auto* a : {&*e.w.scales, &*e.w.biases}) {
+      check(
+          a->dtype() == mx::float32 || a->dtype() == mx::float16 || a->dtype() == mx::bfloat16,
+          "segment: an embedding's scales must be floats");
+    }
       check(
           e.w.w.dtype() == mx::uint32 && int64_t(e.w.w.shape(1)) * 32 == int64_t(s_.D) * e.bits &&
               e.group > 0 && s_.D % e.group == 0 && e.w.scales->shape(1) == s_.D / e.group &&
@@ -195,6 +199,23 @@ Made SegmentOp::Impl::made(
   return all;
 }
 
+namespace {
+
+template <class T>
+void widen_from(const void* data, int64_t at, std::vector<float>& out) {
+  const T* from = static_cast<const T*>(data) + at;
+  for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(from[i]);
+}
+
+// Elements of an array from `at` on.
+void widen(const mx::array& a, const void* data, int64_t at, std::vector<float>& out) {
+  if (a.dtype() == mx::float32) return widen_from<float>(data, at, out);
+  if (a.dtype() == mx::float16) return widen_from<mx::float16_t>(data, at, out);
+  widen_from<mx::bfloat16_t>(data, at, out);
+}
+
+} // namespace
+
 void SegmentOp::Impl::embed(const mx::array& tokens, const Arrays& weights, float* y) const {
   const Embedding& e = *s_.embedding;
   const int64_t count = tokens.size(), D = s_.D, V = e.w.w.shape(0);
@@ -209,10 +230,12 @@ void SegmentOp::Impl::embed(const mx::array& tokens, const Arrays& weights, floa
       std::copy_n(static_cast<const float*>(w) + id * D, D, y);
     } else {
       const int64_t groups = D / e.group;
+      std::vector<float> scales(groups), biases(groups);
+      widen(weights[1], row_major(weights[1], copies), id * groups, scales);
+      widen(weights[2], row_major(weights[2], copies), id * groups, biases);
       dequantize_row(
-          static_cast<const uint32_t*>(w) + id * (D * e.bits / 32),
-          static_cast<const float*>(row_major(weights[1], copies)) + id * groups,
-          static_cast<const float*>(row_major(weights[2], copies)) + id * groups, e.group, e.bits, D, y);
+          static_cast<const uint32_t*>(w) + id * (D * e.bits / 32), scales.data(), biases.data(),
+          e.group, e.bits, D, y);
     }
   }
 }

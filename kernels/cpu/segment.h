@@ -8,7 +8,7 @@
 
 namespace streamer {
 
-// Rows of w [V, D], float32, or affine with scales in float32.
+// Rows of w [V, D], float32, or affine with scales of any float type; they come out in float32.
 struct Embedding {
   Weight w;
   int group, bits;
