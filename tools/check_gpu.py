@@ -18,10 +18,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from kernels.codes import CodedSide
 from kernels.cuda.launch import cuda
 from kernels.experts import Stack
-from kernels.metal import delta, products
-from kernels.metal.check import CHECKS, error, passing, stack
+from kernels.metal import codes, delta, products
+from kernels.metal.check import CHECKS, coded_side, error, passing, stack
 from kernels.metal.launch import Launch, metal
 
 LAUNCHES, ROUNDS = 20, 7
@@ -96,6 +97,29 @@ def timings(launch: Launch) -> list[dict[str, Any]]:
                 2 * arrays[-1].nbytes,
                 lambda a=arrays: delta.steps(launch, *a),  # type: ignore[misc]
                 lambda a=arrays: delta.reference(*a),  # type: ignore[misc]
+            )
+        )
+    return lines + [line for tokens in (8192, 131072) for line in attention(launch, tokens)]
+
+
+def attention(launch: Launch, tokens: int) -> list[dict[str, Any]]:
+    """Over `tokens` codes of 3.5 bits, 16 query and 2 key heads of 256, beside MLX's in bf16."""
+    lines = []
+    side: CodedSide = coded_side(7, 2, 256, tokens)
+    k = mx.random.normal((1, 2, tokens, 256)).astype(mx.bfloat16)
+    mx.eval(side.words, side.scales, k)
+    for M in (1, 4, 8):
+        q = mx.random.normal((1, 2, 8 * M, 256)) / 16
+        rows = q.reshape(1, 16, M, 256).astype(mx.bfloat16)
+        lines.append(
+            told(
+                f"codes of 3.5 bits, {tokens}",
+                M,
+                2 * (side.words.nbytes + side.scales.nbytes),
+                lambda q=q, M=M: codes.over_codes(  # type: ignore[misc]
+                    launch, q, side, side, rows=M, coded=tokens
+                ),
+                lambda q=rows: mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0),  # type: ignore[misc]
             )
         )
     return lines

@@ -9,9 +9,10 @@ namespace streamer {
 
 constexpr int span = 1024; // tokens under one softmax, counted from the first; spans are merged in order
 constexpr int step = span + 16; // floats from a row's scores to the next's: not a multiple of 4 KB
-constexpr int tile = 32; // tokens that all rows take before the next ones, a multiple of 4
+constexpr int most_tile = 32; // of any instruction set's tile
 
 struct AttendSteps {
+  int tile; // tokens that all rows take before the next ones, a multiple of 4: half of the cache or less
   // s[r * step + j] = dot(q + r * n, k + j * stride) for r < rows and j < count <= tile.
   void (*scores)(const float* q, int rows, const float* k, int64_t stride, int count, int n, float* s);
   // s[j] = s[j] * scale + bias[j], and no less than the lowest float; bias may be null.

@@ -31,8 +31,8 @@ void run_span(
               *k = call.k + b * call.k_strides[0] + h * call.k_strides[1] + from * call.k_strides[2],
               *v = call.v + b * call.v_strides[0] + h * call.v_strides[1] + from * call.v_strides[2];
   float* s = workspace(2, int64_t(rows) * step);
-  for (int j = 0; j < count; j += tile) {
-    steps.scores(q, rows, k + j * call.k_strides[2], call.k_strides[2], std::min(tile, count - j), D, s + j);
+  for (int j = 0; j < count; j += steps.tile) {
+    steps.scores(q, rows, k + j * call.k_strides[2], call.k_strides[2], std::min(steps.tile, count - j), D, s + j);
   }
   for (int r = 0; r < rows; ++r) {
     const int end = end_of(r);
@@ -45,8 +45,8 @@ void run_span(
     steps.place(row, end, call.scale, call.bias ? call.bias + t * call.S + from : nullptr);
     steps.soften(row, end, all, tops[r], totals[r]);
   }
-  for (int j = 0; j < count; j += tile) {
-    steps.weigh(s + j, rows, v + j * call.v_strides[2], call.v_strides[2], std::min(tile, count - j), Dv, y);
+  for (int j = 0; j < count; j += steps.tile) {
+    steps.weigh(s + j, rows, v + j * call.v_strides[2], call.v_strides[2], std::min(steps.tile, count - j), Dv, y);
   }
 }
 

@@ -174,7 +174,7 @@ void run_raw(
   if (count == 0) return;
   float* s = workspace(2, int64_t(rows) * step);
   const float* q = call.q + (int64_t(head) * call.R + first) * n;
-  keys.raw(head, from, count, tile, [&](const float* k, int64_t stride, int begin, int here) {
+  keys.raw(head, from, count, steps.tile, [&](const float* k, int64_t stride, int begin, int here) {
     steps.scores(q, rows, k, stride, here, n, s + begin);
   });
   for (int r = 0; r < rows; ++r) {
@@ -197,21 +197,40 @@ void run_raw(
     steps.soften(row, end, all, tops[r], totals[r]);
     std::fill(row + begin, row + begun, 0.0f);
   }
-  values.raw(head, from, count, tile, [&](const float* v, int64_t stride, int begin, int here) {
+  values.raw(head, from, count, steps.tile, [&](const float* v, int64_t stride, int begin, int here) {
     steps.weigh(s + begin, rows, v, stride, here, values.n(), y);
   });
 }
 
+// The rotated queries of all heads as integers, where codes are multiplied as bytes.
+struct Queries {
+  std::vector<float> units;
+  std::vector<int32_t> lifts;
+  std::vector<int8_t> digits;
+  int64_t row = 0; // bytes of one
+
+  Queries(const Call& call, const Source& keys) {
+    if (keys.bytes() == nullptr) return;
+    const int rows = call.B * call.H * call.R;
+    row = 2 * keys.wide();
+    units.resize(rows), lifts.resize(rows), digits.resize(rows * row);
+    keys.bytes()->pack_queries(call.rotated, rows, keys.n(), digits.data(), units.data(), lifts.data());
+  }
+};
+
 // Rows over one span of the coded tokens, as Part::run.
 class CodedSpan {
  public:
-  CodedSpan(const Call& call, const Source& keys, const Source& values, int head, int first, int rows, int from)
-      : call_(call), keys_(keys), values_(values), head_(head), first_(first), rows_(rows), from_(from) {
+  CodedSpan(
+      const Call& call, const Queries& queries, const Source& keys, const Source& values, int head, int first,
+      int rows, int from)
+      : call_(call), queries_(queries), keys_(keys), values_(values), head_(head), first_(first), rows_(rows),
+        from_(from) {
     for (int r = 0; r < rows; ++r) count_ = std::max(count_, end_of(r));
-    // In floats: what a tile is unpacked to, and digits with their units and lifts.
+    // In floats: what a tile is unpacked to, and weights' digits with their units and lifts.
     const int64_t wide = std::max(keys.wide(), values.wide());
-    const int64_t unpacked = std::max({tile * wide, key_tile * wide / 4, int64_t(value_tile) * 128 / 4}) + 16;
-    const int64_t digits = rows * (std::max(wide, int64_t(value_tile)) / 2 + 2);
+    const int64_t unpacked = std::max({most_tile * wide, key_tile * wide / 4, int64_t(value_tile) * 128 / 4}) + 16;
+    const int64_t digits = rows * (value_tile / 2 + 2);
     scores_ = workspace(2, int64_t(rows) * step + 2 * span + unpacked + digits);
     key_scales_ = scores_ + int64_t(rows) * step;
     value_scales_ = key_scales_ + span;
@@ -241,9 +260,9 @@ class CodedSpan {
   }
 
   void score() {
-    const uint32_t* words[tile];
-    for (int j = 0; j < count_; j += tile) {
-      const int here = std::min(tile, count_ - j), n = keys_.n();
+    const uint32_t* words[most_tile];
+    for (int j = 0; j < count_; j += attend_steps().tile) {
+      const int here = std::min(attend_steps().tile, count_ - j), n = keys_.n();
       keys_.words(head_, from_ + j, here, here, words);
       code_steps().unpack(words, here, keys_.book(), n, room_);
       attend_steps().scores(rotated(), rows_, room_, n, here, n, scores_ + j);
@@ -251,16 +270,13 @@ class CodedSpan {
   }
 
   void score_bytes() {
-    const ByteSteps& steps = *keys_.bytes();
-    const int n = keys_.n();
-    float* units = digits_;
-    auto* lifts = reinterpret_cast<int32_t*>(units + rows_);
-    auto* digits = reinterpret_cast<int8_t*>(lifts + rows_);
-    steps.pack_queries(rotated(), rows_, n, digits, units, lifts);
+    const int64_t at = int64_t(head_) * call_.R + first_;
     const uint32_t* words[key_tile];
     for (int j = 0; j < count_; j += key_tile) {
       keys_.words(head_, from_ + j, std::min(key_tile, count_ - j), key_tile, words);
-      steps.scores(words, keys_.book(), n, digits, units, lifts, rows_, bytes_room(), scores_ + j);
+      keys_.bytes()->scores(
+          words, keys_.book(), keys_.n(), queries_.digits.data() + at * queries_.row, queries_.units.data() + at,
+          queries_.lifts.data() + at, rows_, bytes_room(), scores_ + j);
     }
   }
 
@@ -277,11 +293,11 @@ class CodedSpan {
   }
 
   void weigh(float* y) {
-    const uint32_t* words[tile];
+    const uint32_t* words[most_tile];
     const int n = values_.n();
     for (int r = 0; r < rows_; ++r) code_steps().times(scores_ + int64_t(r) * step, count_, value_scales_);
-    for (int j = 0; j < count_; j += tile) {
-      const int here = std::min(tile, count_ - j);
+    for (int j = 0; j < count_; j += attend_steps().tile) {
+      const int here = std::min(attend_steps().tile, count_ - j);
       values_.words(head_, from_ + j, here, here, words);
       code_steps().unpack(words, here, values_.book(), n, room_);
       attend_steps().weigh(scores_ + j, rows_, room_, n, here, n, y);
@@ -310,6 +326,7 @@ class CodedSpan {
   }
 
   const Call& call_;
+  const Queries& queries_;
   const Source &keys_, &values_;
   const int head_, first_, rows_, from_;
   int count_ = 0;
@@ -424,6 +441,7 @@ std::vector<mx::array> attend_codes(
     call.bias = biased ? data(in[18]) : nullptr;
     call.sinks = sunk ? data(in[18 + biased]) : nullptr;
     const Source keys(&in[2], call.H, call.coded), values(&in[10], call.H, call.coded);
+    const Queries queries(call, keys);
     const int n = values.n();
     const Part raw{
         (call.raw() + span - 1) / span, n,
@@ -433,7 +451,7 @@ std::vector<mx::array> attend_codes(
     const Part codes{
         (call.coded + call.ahead + span - 1) / span, values.wide(),
         [&](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
-          CodedSpan(call, keys, values, head, first, rows, index * span).run(y, tops, totals);
+          CodedSpan(call, queries, keys, values, head, first, rows, index * span).run(y, tops, totals);
         }};
     const int heads = call.B * call.H;
     const int64_t work = int64_t(heads) * call.R * call.columns() * n * 2;

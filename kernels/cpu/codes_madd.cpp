@@ -223,47 +223,62 @@ inline void unit_of(float top, float& up, float& unit) {
   if (!(top < 3.4e38f)) unit = __builtin_nanf("");
 }
 
-inline int rounded(float x) {
-  return _mm_cvtss_si32(_mm_set_ss(x));
-}
-
 // Where in a block's digits a channel is: as unpack_keys lays points out.
 inline int place_of(int channel) {
   const int index = channel / 2, k = index / 4, half = index % 2, later = index % 4 / 2;
   return ((2 * k + channel % 2) * 2 + half) * 2 + later;
 }
 
+// The largest of n magnitudes, or a NaN where one is among them.
+float top_of(const float* x, int n) {
+  __m256 tops = _mm256_setzero_ps(), strange = tops;
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    const __m256 y = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i));
+    strange = _mm256_or_ps(strange, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+    tops = _mm256_max_ps(y, tops);
+  }
+  if (_mm256_movemask_ps(strange) != 0) return __builtin_nanf("");
+  float each[W], top = 0.0f;
+  _mm256_storeu_ps(each, tops);
+  for (float y : each) top = y > top ? y : top;
+  for (; i < n; ++i) {
+    const float y = __builtin_fabsf(x[i]);
+    top = y <= top || top != top ? top : y;
+  }
+  return top;
+}
+
 void pack_queries(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts) {
-  const int all = wide(n);
-  for (int r = 0; r < rows; ++r, q += n, digits += 2 * all) {
-    float top = 0.0f, up;
-    for (int i = 0; i < n; ++i) top = __builtin_fabsf(q[i]) > top ? __builtin_fabsf(q[i]) : top;
-    for (int i = 0; i < n; ++i) top = q[i] == q[i] ? top : q[i];
-    unit_of(top, up, units[r]);
-    int sum = 0;
-    auto* to = reinterpret_cast<int16_t*>(digits);
-    for (int i = 0; i < all; ++i) {
-      const int x = i < n ? rounded(q[i] * up) : 0;
-      sum += x;
-      to[i / block_channels * block_channels + place_of(i % block_channels)] = static_cast<int16_t>(x);
+  uint8_t places[block_channels];
+  for (int i = 0; i < block_channels; ++i) places[i] = static_cast<uint8_t>(place_of(i));
+  auto* to = reinterpret_cast<int16_t*>(digits);
+  for (int r = 0; r < rows; ++r, q += n) {
+    float up;
+    unit_of(top_of(q, n), up, units[r]);
+    lifts[r] = 0;
+    for (int block = 0; block < blocks_of(n); ++block, to += block_channels) {
+      float x[block_channels] = {};
+      int32_t integers[block_channels];
+      const int left = n - block * block_channels;
+      std::memcpy(x, q + block * block_channels, (left < block_channels ? left : block_channels) * sizeof(float));
+      for (int i = 0; i < block_channels; i += W) {
+        const __m256i each = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(up)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers + i), each);
+      }
+      for (int i = 0; i < block_channels; ++i) {
+        to[places[i]] = static_cast<int16_t>(integers[i]);
+        lifts[r] -= 128 * integers[i];
+      }
     }
-    lifts[r] = -128 * sum;
   }
 }
 
 void pack_weights(const float* p, const float* scales, int8_t* digits, float& unit, int32_t& lift) {
-  float w[value_tile], top = 0.0f, up;
+  float w[value_tile], up;
   for (int i = 0; i < value_tile; ++i) w[i] = p[i] * scales[i];
-  __m256 tops = _mm256_setzero_ps();
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  // a NaN stays: max gives its second operand where one is not a number
-  for (int i = 0; i < value_tile; i += W) {
-    tops = _mm256_max_ps(tops, _mm256_andnot_ps(sign, _mm256_loadu_ps(w + i)));
-  }
-  float each[W];
-  _mm256_storeu_ps(each, tops);
-  for (float x : each) top = x <= top ? top : x;
-  unit_of(top, up, unit);
+  unit_of(top_of(w, value_tile), up, unit);
   __m256i sum = _mm256_setzero_si256();
   auto* to = reinterpret_cast<__m256i*>(digits);
   for (int i = 0; i < value_tile; i += 2 * W) {
@@ -281,6 +296,12 @@ void pack_weights(const float* p, const float* scales, int8_t* digits, float& un
   lift = -128 * all;
 }
 
+// GCC would move sums from register to register, and read a vector anew for each row.
+inline __attribute__((always_inline)) __m256i stay(__m256i v) {
+  asm("" : "+x"(v));
+  return v;
+}
+
 // Sums over `count` steps of four vectors of integers, `stride` bytes from one to the next, times
 // R rows' pairs of integers.
 template <int R>
@@ -293,17 +314,21 @@ inline __attribute__((always_inline)) void multiply(
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_set1_epi32(lifts[r]);
   }
-  for (int k = 0; k < count; ++k, x += stride) {
-    __m256i v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = _mm256_load_si256(reinterpret_cast<const __m256i*>(x) + i);
+  for (int k = 0; k < count; ++k, x += stride, digits += 4) {
+    __m256i by[R];
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       int32_t pair;
-      std::memcpy(&pair, digits + r * row + 4 * k, 4);
-      const __m256i by = _mm256_set1_epi32(pair);
+      std::memcpy(&pair, digits + r * row, 4);
+      by[r] = _mm256_set1_epi32(pair);
+    }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_add_epi32(acc[r][i], _mm256_madd_epi16(v[i], by));
+    for (int i = 0; i < 4; ++i) {
+      const __m256i v = stay(_mm256_load_si256(reinterpret_cast<const __m256i*>(x) + i));
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        acc[r][i] = stay(_mm256_add_epi32(acc[r][i], _mm256_madd_epi16(v, by[r])));
+      }
     }
   }
 #pragma GCC unroll 2

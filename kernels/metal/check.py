@@ -88,12 +88,12 @@ def deltas(launch: Launch) -> Iterable[Pair]:
     yield delta.replay(launch, k, g, d, state, 3), on_cpu(delta.reference, *first, state)[1]
 
 
-def coded_side(bits: int, channels: int, D: int) -> CodedSide:
-    """300 random codes of two heads, each of so many channels, in indices of so many bits."""
+def coded_side(bits: int, channels: int, D: int, tokens: int = 310) -> CodedSide:
+    """Random codes of two heads of D channels, in indices of so many bits, each for `channels`."""
     none = mx.zeros((1, 2, 0, 1))
-    words = mx.random.randint(0, 256, (1, 2, 310, -(-(D // channels * bits) // 32) * 4))
+    words = mx.random.randint(0, 256, (1, 2, tokens, -(-(D // channels * bits) // 32) * 4))
     words = words.astype(mx.uint8).view(mx.uint32)
-    scales = mx.random.uniform(0.5, 1, (1, 2, 310, 1)).astype(mx.float16)
+    scales = mx.random.uniform(0.5, 1, (1, 2, tokens, 1)).astype(mx.float16)
     points = mx.random.normal((1 << bits, channels))
     return CodedSide(none, none, words, scales, none, none, points, mx.zeros((1, 2, 1, D)))
 
