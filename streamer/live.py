@@ -15,15 +15,16 @@ is, with the lines on standard error where that is a terminal, and without them 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -31,13 +32,14 @@ from rich.text import Text
 from .footprint import footprint, format_size
 from .session import Session
 
-REFRESH = 8  # times a second
+PERIOD = 0.125  # seconds between drawings
+SHARE = 0.008  # of the time may go into drawing: it is done less often where it takes long
 WINDOW = 3.0  # seconds that rates are taken over
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class Moment(NamedTuple):
-    """Counts so far. in_flight, queued: seconds that reads were under way and waited before."""
+    """Counts so far. queued, in_flight: seconds that reads waited and then were under way."""
 
     seconds: float
     tokens: int
@@ -45,9 +47,9 @@ class Moment(NamedTuple):
     misses: int
     drafted: int
     accepted: int
-    nbytes: int
-    in_flight: float
+    nbytes: float
     queued: float
+    in_flight: float
 
 
 class Meter:
@@ -56,7 +58,7 @@ class Meter:
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.Lock()
-        self._read = (0, 0.0, 0.0)
+        self._read = np.zeros(3)  # bytes, seconds queued, seconds under way
         self._moments: deque[Moment] = deque()
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
@@ -68,10 +70,9 @@ class Meter:
     def waited(self, seconds: float) -> None:
         return
 
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
+    def reads(self, ended: np.ndarray) -> None:
         with self._lock:
-            before = self._read
-            self._read = (before[0] + nbytes, before[1] + seconds, before[2] + queued)
+            self._read += ended.sum(axis=0)
 
     def span(self) -> tuple[Moment, Moment]:
         """Counts some seconds ago, and now."""
@@ -84,7 +85,7 @@ class Meter:
             counters.misses,
             drafts.drafted,
             drafts.accepted,
-            *self._read,
+            *self._read.tolist(),
         )
         self._moments.append(now)
         while len(self._moments) > 2 and self._moments[1].seconds < now.seconds - WINDOW:
@@ -99,9 +100,10 @@ class View:
         """own_text: the text goes to the console too, above the lines."""
         self._session, self._console, self._own_text = session, console, own_text
         self._meter = Meter(session)
+        self._come: list[str] = []  # text since the last drawing
         self._line = ""  # the text's last, unfinished line
         self._done = self._total = 0
-        self._lock = threading.Lock()
+        self._cost = 0.0  # processor seconds of a drawing
 
     def prompt(self, done: int, total: int) -> None:
         """Tokens of the prompt that were read."""
@@ -112,35 +114,57 @@ class View:
         if not self._own_text or self._console is None:
             print(piece, end="", flush=True)
             return
-        whole, newline, rest = (self._line + piece).rpartition("\n")
-        self._line = rest
-        if newline:
-            self._console.print(Text(whole), soft_wrap=True)
+        self._come.append(piece)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[View]:
         if self._console is None:
             yield self
             return
-        streamer = self._session.streamer
+        streamer, over = self._session.streamer, threading.Event()
         before, streamer.watch = streamer.watch, self._meter
         live = Live(
-            get_renderable=self._drawn,
+            _Beneath(self._drawn),
             console=self._console,
-            refresh_per_second=REFRESH,
+            auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
             vertical_overflow="crop",
         )
+
+        def work() -> None:
+            while not over.wait(max(PERIOD, self._cost / SHARE)):
+                self._draw(live)
+
+        artist = threading.Thread(target=work, name="live-view", daemon=True)
         try:
-            with live:
-                yield self
+            with _ends_on_sigterm(), live:
+                artist.start()
+                try:
+                    yield self
+                finally:
+                    over.set()
+                    artist.join()
+                    self._draw(live)
         finally:
             streamer.watch = before
             if self._own_text and self._line:
-                print(self._line, end="", flush=True)
+                print(self._line, end="", flush=True, file=self._console.file)
             self._line = ""
+
+    def _draw(self, live: Live) -> None:
+        """Whole lines go above, the rest is drawn anew: once, since it costs a millisecond."""
+        assert self._console is not None
+        began = time.thread_time()
+        come = self._come[:]
+        del self._come[: len(come)]  # more may come meanwhile
+        whole, newline, self._line = (self._line + "".join(come)).rpartition("\n")
+        if newline:
+            self._console.print(Text(whole), soft_wrap=True)
+        else:
+            live.refresh()
+        self._cost += (time.thread_time() - began - self._cost) / 4
 
     def _drawn(self) -> RenderableType:
         status = self._status()
@@ -196,8 +220,39 @@ class View:
         return text.append(bars).append(" by layer", "dim")
 
 
-class _SteadyConsole(Console):
+class _Beneath:
+    """Made anew whenever it is drawn, when lines are printed above it too."""
+
+    def __init__(self, made: Callable[[], RenderableType]):
+        self._made = made
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._made()
+
+
+@contextlib.contextmanager
+def _ends_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as `exit` does, so that the lines are taken away first."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: the caller's signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SteadyConsole(Console):
     """Leaves the cursor as it is: one that was hidden would stay so if the program is killed."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
@@ -208,9 +263,9 @@ def live_view(session: Session) -> Iterator[View]:
     """The view of a session's next reply, on whichever of the outputs is a terminal."""
     console, own_text = None, False
     if sys.stdout.isatty():
-        console, own_text = _SteadyConsole(highlight=False, markup=False, emoji=False), True
+        console, own_text = SteadyConsole(), True
     elif sys.stderr.isatty():
-        console = _SteadyConsole(stderr=True, highlight=False, markup=False, emoji=False)
+        console = SteadyConsole(stderr=True)
     if console is not None and (console.is_dumb_terminal or not console.is_terminal):
         console, own_text = None, False
     with View(session, console, own_text=own_text).shown() as view:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kernels import backend
 
 from .backends import BLOCK, Direct, Pread
@@ -138,9 +140,8 @@ class NativeReads:
 
     def tell(self) -> None:
         """Tell the watch of the reads that have ended."""
-        for nbytes, queued, seconds in self._reads.take_log():
-            if self._watch is not None:
-                self._watch.read(nbytes, queued, seconds)
+        if self._watch is not None:
+            self._watch.reads(np.frombuffer(self._reads.take_log()).reshape(-1, 3))
 
     def stop(self) -> None:
         self._reads.stop()

@@ -33,6 +33,7 @@ from .opened import in_head, trunk_parameters
 
 OWNERS = ("runtime", "trunk", "head", "pool", "kv", "workspace", "free")
 PERIOD = 0.02  # seconds between samples, at first
+SHARE = 0.003  # of the time: the period is longer where a sample takes long
 HEAP_EVERY = 10  # samples for each walk over malloc's free blocks, which is slow
 MOST = 480  # samples kept: past it every other one goes and the period doubles
 STEADY = 0.01  # a sample during which the footprint changed by more is taken again
@@ -66,6 +67,7 @@ class Ledger:
         }
         self._caches = caches
         self._cached = _PageCache(files)
+        self._footprint = _Footprint()
         self._asked = 0
         self._look()
         self._base, self._base_free = self._other, self._heap_free
@@ -83,9 +85,9 @@ class Ledger:
             self._look()
         self._asked += 1
         for _ in range(TRIES):
-            before = footprint()
+            before = self._footprint()
             owners = self._owners()
-            now = footprint()
+            now = self._footprint()
             if abs(now - before) <= STEADY * now:
                 break
         return Sample(seconds, now, owners, self._cached())
@@ -106,9 +108,13 @@ class Ledger:
 class Sampler:
     """Asks a ledger from a thread of its own while the block runs."""
 
-    def __init__(self, ledger: Ledger, period: float = PERIOD, most: int = MOST):
+    def __init__(
+        self, ledger: Ledger, period: float = PERIOD, most: int = MOST, share: float = SHARE
+    ):
+        """share: of the time that sampling may take."""
         self.samples: list[Sample] = []
-        self._ledger, self._period, self._most = ledger, period, most
+        self._ledger, self._period, self._most, self._share = ledger, period, most, share
+        self._cost = 0.0  # processor seconds of a sample
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="memory-samples", daemon=True)
 
@@ -129,15 +135,36 @@ class Sampler:
         return self._began
 
     def _work(self) -> None:
-        while not self._over.wait(self._period):
+        while not self._over.wait(max(self._period, self._cost / self._share)):
             self._take()
 
     def _take(self) -> None:
+        began = time.thread_time()
         self.samples.append(self._ledger.sample(time.perf_counter() - self._began))
+        # of the last dozen or so: one sample in HEAP_EVERY takes longer
+        self._cost += (time.thread_time() - began - self._cost) / HEAP_EVERY
         if len(self.samples) >= self._most:  # of each two the larger stays: peaks are the point
             pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
             self.samples = [max(pair, key=lambda s: s.footprint) for pair in pairs]
             self._period *= 2
+
+
+class _Footprint:
+    """`footprint()`, many times over: the file that tells it stays open."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        if sys.platform == "linux":
+            self._fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __call__(self) -> int:
+        if self._fd < 0:
+            return footprint()
+        return int(os.pread(self._fd, 128, 0).split()[1]) * PAGE
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class _Heap(NamedTuple):

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +29,9 @@ from .routes import Call, Group, Pass, Routes
 
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
 LOOK = 4  # generated steps for each look at what is resident
-BATCH = 16  # steps for each count of what was told
-COLUMNS, ASKED = 12, 9  # numbers kept of a step; which of them is `asked`
+BATCH = 16  # steps for each time that what was told is put away
+COLUMNS, CALL = 11, 5  # numbers kept of a step; of a call
+SEEN = 1024  # calls counted at once
 KINDS = ("prefill", "decode", "verify", "draft")  # as in `streamer.routes`
 
 
@@ -60,16 +59,6 @@ class Read(NamedTuple):
     generated: bool
 
 
-class _Told(NamedTuple):
-    """slots: that the ids had, where some were absent; within: which pass; step: which step."""
-
-    layer: int
-    ids: np.ndarray
-    slots: np.ndarray | None
-    within: int
-    step: int
-
-
 class Profiler:
     """A `streamer.watch.Watch` that keeps what it is told."""
 
@@ -87,15 +76,18 @@ class Profiler:
         shape = len(self._counts), self._width
         self._use, self._missed = (np.zeros(shape, dtype=np.int64) for _ in range(2))
         self._resident = [np.zeros(n, dtype=np.int64) for n in self._counts]
-        self._told: list[_Told] = []  # since the last count
+        # calls told of since they were last put away: pass, layer, ids, slots they had, step
+        self._told: list[tuple[int, int, np.ndarray, np.ndarray | None, int]] = []
+        self._ids, self._absent = array("H"), array("b")  # of all calls put away
+        self._calls = array("i")  # CALL numbers each: pass, layer, ids, k, step
+        self._counted = self._counted_ids = 0  # calls and ids that `_note` has seen
+        self._asked: list[int] = []  # by step
         self._count = 0  # of steps
         self._generated = self._looked = 0  # generated steps; those after which residency was seen
         self._steps = array("d")
-        self._ended: deque[tuple[int, float, float]] = deque()  # reads, since the last count
+        self._ended: list[np.ndarray] = []  # reads, since they were put away
         self._reads = array("d")
         self._prompt = 0  # reads before the first generated token
-        self._calls = array("i")  # pass, layer, rows, k
-        self._ids = array("H")
         self._passes = array("i")  # kind, rows, kept
         self._routed = 0  # the pass that is to be told next
         self.began = self._mark = time.perf_counter()
@@ -132,21 +124,20 @@ class Profiler:
                 KINDS.index(kind), now - self.began, rows,
                 rest if plain else 0.0, self._waited, host, self._drafted,
                 0.0 if plain else rest, self._rehearsed,
-                0, self._misses, self._missing,
+                self._misses, self._missing,
             )
         )  # fmt: skip
         self._passed(kind, rows, rows if kind == "prefill" else 1)
         if kind != "prefill":
             self._generated += 1
             if self._generated == 1:
-                self._drain()
+                self._put_away()
                 self._prompt = len(self._reads) // 3
             if self._generated % LOOK == 1:
                 self._look()
         self._count += 1
         if kind == "prefill" or self._count % BATCH == 0:
-            self._note()
-            self._drain()
+            self._put_away()
         self._mark, self._cpu = now, cpu
         self._clear()
 
@@ -160,51 +151,57 @@ class Profiler:
                     slots[ids == expert] = -1
             self._misses += misses
             self._missing += 1
-        self._told.append(_Told(layer, ids, slots, self._routed, self._count))
+        self._told.append((self._routed, layer, ids, slots, self._count))
 
-    def _note(self) -> None:
-        """Count what was told in the last steps, all at once, which is cheaper."""
-        told, self._told = self._told, []
+    def _put_away(self) -> None:
+        """Keep what was told so far in less memory, all at once, which is cheaper."""
+        ended, told = self._ended[:], self._told
+        del self._ended[: len(ended)]  # others may be told of meanwhile
+        self._reads.frombytes(b"".join([rows.tobytes() for rows in ended]))
+        self._told = []
         if not told:
             return
-        flat = [call.ids.reshape(-1) for call in told]
-        sizes = [len(f) for f in flat]
-        experts = np.concatenate(flat).astype(np.int64)
-        layers = np.array([call.layer for call in told])
-        keys = np.repeat(np.arange(len(told)) * self._width, sizes) + experts
-        chosen = np.bincount(keys, minlength=len(told) * self._width).reshape(len(told), -1)
-        np.add.at(self._use, layers, chosen)
-        parts = [
-            np.zeros(n, dtype=bool) if call.slots is None else call.slots.reshape(-1) < 0
-            for n, call in zip(sizes, told, strict=True)
-        ]
-        absent = np.unique(keys[np.concatenate(parts)])
-        if len(absent):
-            calls, missed = np.divmod(absent, self._width)
-            np.add.at(self._missed, (layers[calls], missed), 1)
-        distinct = (chosen > 0).sum(axis=1).tolist()
-        for call, size, asked in zip(told, sizes, distinct, strict=True):
-            k = call.ids.shape[-1]
-            self._calls.extend((call.within, call.layer, size // k, k))
-            if call.step < len(self._steps) // COLUMNS:  # of a pass cut short there is none
-                self._steps[call.step * COLUMNS + ASKED] += asked
-        self._ids.frombytes(experts.astype(np.uint16).tobytes())
+        # joining bytes is quicker than joining small arrays
+        ids = b"".join([call[2].astype(np.uint32, copy=False).tobytes() for call in told])
+        slots = b"".join([bytes(4 * c[2].size) if c[3] is None else c[3].tobytes() for c in told])
+        self._ids.frombytes(np.frombuffer(ids, np.uint32).astype(np.uint16).tobytes())
+        self._absent.frombytes((np.frombuffer(slots, np.int32) < 0).tobytes())
+        for within, layer, chosen, _, step in told:
+            self._calls.extend((within, layer, chosen.size, chosen.shape[-1], step))
+
+    def _note(self) -> None:
+        """Count what was told since the last time; not while a run goes on, which it would slow."""
+        self._put_away()
+        while len(self._calls) // CALL > self._counted:
+            first = self._counted * CALL
+            calls = np.array(self._calls[first : first + SEEN * CALL]).reshape(-1, CALL)
+            _, layers, sizes, _, steps = calls.T
+            began = self._counted_ids
+            self._counted_ids += int(sizes.sum())
+            self._counted += len(calls)
+            ids = np.array(self._ids[began : self._counted_ids], dtype=np.int64)
+            keys = np.repeat(np.arange(len(calls)) * self._width, sizes) + ids
+            chosen = np.bincount(keys, minlength=len(calls) * self._width).reshape(len(calls), -1)
+            np.add.at(self._use, layers, chosen)
+            absent = np.unique(keys[np.array(self._absent[began : self._counted_ids], dtype=bool)])
+            if len(absent):
+                call, missed = np.divmod(absent, self._width)
+                np.add.at(self._missed, (layers[call], missed), 1)
+            self._asked.extend([0] * (int(steps.max()) + 1 - len(self._asked)))
+            distinct = (chosen > 0).sum(axis=1).tolist()
+            for step, asked in zip(steps.tolist(), distinct, strict=True):
+                self._asked[step] += asked
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
         self._inside += seconds
 
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
-        self._ended.append((nbytes, queued, seconds))
+    def reads(self, ended: np.ndarray) -> None:
+        self._ended.append(ended)
 
     def accepted(self, drafts: int) -> None:
         """Of the last verify pass."""
         self._passes[-1] = 1 + drafts
-
-    def _drain(self) -> None:
-        """Keep the reads told of so far in less memory; others may be told of meanwhile."""
-        ended = self._ended
-        self._reads.extend(chain.from_iterable(ended.popleft() for _ in range(len(ended))))
 
     def _look(self) -> None:
         """Note which experts are in memory."""
@@ -219,16 +216,17 @@ class Profiler:
     @property
     def steps(self) -> list[Step]:
         self._note()
-        table = np.array(self._steps).reshape(-1, COLUMNS)
+        rows = np.array(self._steps).reshape(-1, COLUMNS).tolist()
+        asked = [*self._asked, *[0] * (len(rows) - len(self._asked))]
         return [
-            Step(KINDS[int(r[0])], r[1], int(r[2]), tuple(r[3:9]), *map(int, r[9:]))
-            for r in table.tolist()
+            Step(KINDS[int(r[0])], r[1], int(r[2]), tuple(r[3:9]), n, int(r[9]), int(r[10]))
+            for r, n in zip(rows, asked, strict=False)  # of a pass cut short there is no step
         ]
 
     @property
-    def reads(self) -> list[Read]:
+    def ended(self) -> list[Read]:
         """In the order they were told of."""
-        self._drain()
+        self._put_away()
         rows = np.array(self._reads).reshape(-1, 3).tolist()
         return [Read(int(n), q, t, i >= self._prompt) for i, (n, q, t) in enumerate(rows)]
 
@@ -256,7 +254,7 @@ class Profiler:
 
     def routes(self) -> Routes:
         """The run as a recording, to replay pools and policies on. Its tokens are not known."""
-        self._note()
+        self._put_away()
         opened = self._model.streamer.opened
         routes = Routes(
             model=opened.name,
@@ -273,10 +271,9 @@ class Profiler:
             tokens = np.full(rows, -1, dtype=np.int32)
             routes.passes.append(Pass(KINDS[kind], 0, tokens, kept))
         at, ids = 0, np.array(self._ids)
-        for step, layer, rows, k in np.array(self._calls).reshape(-1, 4).tolist():
+        for step, layer, size, k, _ in np.array(self._calls).reshape(-1, CALL).tolist():
             # of a pass that was cut short no end was told
             if step < len(routes.passes):
-                experts = ids[at : at + rows * k].reshape(rows, k)
-                routes.calls.append(Call(step, layer, experts))
-            at += rows * k
+                routes.calls.append(Call(step, layer, ids[at : at + size].reshape(-1, k)))
+            at += size
         return routes

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+
 from .backends import Direct, Mapped, Pread
 from .disk import Clock, Disk
 from .errors import StreamerError, UsageError
@@ -320,7 +322,8 @@ class _Engine:
         if self._clock is not None:
             self._clock.until(until)
         if watch is not None and error is None:
-            watch.read(nbytes, began - ticket._asked, time.perf_counter() - began)
+            took = time.perf_counter() - began
+            watch.reads(np.array([(nbytes, began - ticket._asked, took)], dtype=float))
         self._finish(ticket, error, nbytes)
 
     def _finish(self, ticket: Ticket, error: StreamerError | None = None, asked: int = 0) -> None:

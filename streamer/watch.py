@@ -3,7 +3,7 @@
     model.streamer.watch = Watchers([profiler, recorder])
 
 Nothing watches by default, and then every place that could tell something costs one
-`if`. Calls come from the thread that generates, but `read`, which comes from the I/O
+`if`. Calls come from the thread that generates, but `reads`, which may come from the I/O
 workers. Passes of a model whose experts are all resident choose inside mlx-lm's own
 switches, so that `chose` is never called.
 """
@@ -34,9 +34,10 @@ class Watch(Protocol):
     def waited(self, seconds: float) -> None:
         """The generation stood still for reads."""
 
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
-        """A read of `nbytes` ended, `queued` seconds after it was asked for it began and
-        `seconds` later it was done. From any I/O worker: must be safe between threads."""
+    def reads(self, ended: np.ndarray) -> None:
+        """Reads that have ended, [n, 3] float64, n >= 0: bytes; seconds after it was asked for
+        that each began; seconds later that it was done. From any thread: must be safe between
+        them. Several at once, since a call for each costs more than keeping it."""
 
 
 class Watchers:
@@ -57,6 +58,6 @@ class Watchers:
         for watcher in self._watchers:
             watcher.waited(seconds)
 
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
+    def reads(self, ended: np.ndarray) -> None:
         for watcher in self._watchers:
-            watcher.read(nbytes, queued, seconds)
+            watcher.reads(ended)

@@ -206,7 +206,7 @@ def _drafts(passes: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 def _reads(profiler: Profiler) -> dict[str, Any]:
     """Reads by size, and how long they took: waiting in the queue and under way."""
-    reads = profiler.reads
+    reads = profiler.ended
     if not reads:
         return {"count": 0}
     sizes = np.array([r.nbytes for r in reads])

@@ -102,7 +102,7 @@ def test_watching_costs_less_than_a_fiftieth(tmp_path: Path) -> None:
     model.streamer.watch = Keeping()  # type: ignore[assignment]
     timed(100)
     model.streamer.watch = None
-    assert {name for name, _ in told} == {"step", "chose", "waited", "read"}
+    assert {name for name, _ in told} == {"step", "chose", "waited", "reads"}
 
     def tell() -> float:
         profiler = Profiler(model)
@@ -189,7 +189,7 @@ def test_long_runs_keep_few_samples_and_their_peaks() -> None:
             return Sample()
 
     ledger: Any = Counting()
-    with Sampler(ledger, period=0.001, most=16) as sampler:
+    with Sampler(ledger, period=0.001, most=16, share=1.0) as sampler:
         time.sleep(0.15)
     assert ledger.count > 24 and len(sampler.samples) <= 16
     assert max(s.footprint for s in sampler.samples) == 1000

@@ -13,7 +13,7 @@ from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 from test_mtp_decode import drafting, tokens_of
 
-from streamer import engine, executor, speculate, store
+from streamer import engine, executor, native_reads, speculate, store
 from streamer.engine import Timing, generate
 from streamer.loading import expert_count, load_streamed
 from streamer.watch import Watchers
@@ -28,7 +28,7 @@ class Notes:
         self.steps: list[tuple[str, int, float]] = []
         self.choices: list[tuple[int, np.ndarray, int]] = []
         self.waits: list[float] = []
-        self.reads: list[tuple[int, float, float]] = []
+        self.ended: list[tuple[int, float, float]] = []
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
         self.steps.append((kind, rows, seconds))
@@ -39,8 +39,8 @@ class Notes:
     def waited(self, seconds: float) -> None:
         self.waits.append(seconds)
 
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
-        self.reads.append((nbytes, queued, seconds))
+    def reads(self, ended: np.ndarray) -> None:
+        self.ended.extend(map(tuple, ended.tolist()))
 
     @property
     def kinds(self) -> Counter[str]:
@@ -69,9 +69,9 @@ def check(model: Any, notes: Notes) -> None:
     assert misses == streamer.counters.misses > 0
     assert asked - misses == streamer.counters.hits
     assert sum(notes.waits) == pytest.approx(streamer.counters.io_wait_seconds)
-    assert len(notes.reads) == streamer.store.counters.reads
-    assert sum(n for n, _, _ in notes.reads) == streamer.store.counters.bytes_read
-    assert all(queued >= 0 and seconds >= 0 for _, queued, seconds in notes.reads)
+    assert len(notes.ended) == streamer.store.counters.reads
+    assert sum(n for n, _, _ in notes.ended) == streamer.store.counters.bytes_read
+    assert all(queued >= 0 and seconds >= 0 for _, queued, seconds in notes.ended)
     assert {layer for layer, _, _ in notes.choices} == set(range(len(streamer.opened.layers)))
 
 
@@ -83,7 +83,7 @@ def test_what_is_told_is_what_was_counted(tiny: Path, how: Any) -> None:
     model.streamer.watch = Watchers([notes, second])
     timing = run(model, 20)
     check(model, notes)
-    assert notes.steps == second.steps and notes.reads == second.reads
+    assert notes.steps == second.steps and notes.ended == second.ended
     assert notes.kinds["decode"] == 20
     prefilled = [rows for kind, rows, _ in notes.steps if kind == "prefill"]
     assert sum(prefilled) == 199
@@ -91,9 +91,9 @@ def test_what_is_told_is_what_was_counted(tiny: Path, how: Any) -> None:
     told = sum(s for kind, _, s in notes.steps if kind in ("prefill", "decode"))
     assert told <= timing.prompt_seconds + timing.decode_seconds
     model.streamer.watch = None
-    before = len(notes.steps), len(notes.choices), len(notes.reads)
+    before = len(notes.steps), len(notes.choices), len(notes.ended)
     run(model, 5)
-    assert before == (len(notes.steps), len(notes.choices), len(notes.reads))
+    assert before == (len(notes.steps), len(notes.choices), len(notes.ended))
 
 
 def test_drafts_and_verify_passes_are_told(tiny: Path) -> None:
@@ -124,7 +124,7 @@ def test_nothing_is_allocated_where_nobody_watches(tiny: Path) -> None:
     """By the lines that tell something: none of them holds memory, or ever did, while decoding."""
     model: Any = load_streamed(tiny, slots=16)
     lines = set()
-    for module in (engine, executor, speculate, store):
+    for module in (engine, executor, native_reads, speculate, store):
         text = Path(module.__file__).read_text().splitlines()
         lines |= {(module.__file__, i) for i, t in enumerate(text, 1) if "watch." in t}
     assert len(lines) >= 8

@@ -285,7 +285,7 @@ void Reads::work() {
       std::lock_guard hold(lock_);
       if (job.guess) guessing_ -= run.nbytes;
       if (state != reading_fine && batch.state == reading_fine) batch.state = state, batch.failed = job.run;
-      if (state == reading_fine && logging) log_.push_back({asked, began - job.asked, now() - began});
+      if (state == reading_fine && logging) log_.push_back({static_cast<double>(asked), began - job.asked, now() - began});
     }
     if (job.guess) work_.notify_one();
     finish(batch, 1);

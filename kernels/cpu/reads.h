@@ -42,8 +42,7 @@ struct ReadRun {
 
 // How one read went, in seconds since it was asked for.
 struct ReadLog {
-  size_t nbytes;
-  double queued, seconds;
+  double nbytes, queued, seconds;  // Python takes many of them as one array
 };
 
 enum ReadState { reading_fine = 0, reading_ended = -1, reading_cancelled = -2, reading_closed = -3 };

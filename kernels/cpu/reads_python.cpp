@@ -96,10 +96,7 @@ void bind_reads(nb::module_& m) {
           "logging", [](Engine& self) { return self.reads->logging.load(); },
           [](Engine& self, bool on) { self.reads->logging = on; })
       .def("take_log", [](Engine& self) {
-        nb::list out;
-        for (const auto& log : self.reads->take_log()) {
-          out.append(nb::make_tuple(log.nbytes, log.queued, log.seconds));
-        }
-        return out;
+        const auto log = self.reads->take_log();
+        return nb::bytes(reinterpret_cast<const char*>(log.data()), log.size() * sizeof(log[0]));
       });
 }

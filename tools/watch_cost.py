@@ -1,0 +1,170 @@
+"""What watching costs: the same reply with a watcher and without, in turns in one process.
+
+    python -m tools.watch_cost --memory 50%
+    python -m tools.watch_cost --model big --memory 50% --disk 1GB/s --rounds 40
+
+Three ways take turns, in another order each round: nobody watches; `streamer.profile`'s profiler
+and its samples of memory; the view of `streamer.run --live`, on a pseudo-terminal whose other end
+is read and thrown away. In each the text goes to that terminal as it comes. A greedy reply to the
+same prompt asks for the same experts each time and leaves the pool as the last one did, so rounds
+differ by what else the machine does only; of each round the watched time over the unwatched one
+is taken, and of these the median, with a range that holds the true one 19 times in 20 (order
+statistics, no assumption about the spread). Processor time, of all threads, is told beside it.
+
+Prints a table and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import pty
+import shlex
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from streamer.bench import PROMPT
+from streamer.console import Parser, command, number, say
+from streamer.live import SteadyConsole, View
+from streamer.machine import machine, versions
+from streamer.owners import Ledger, Sampler
+from streamer.profiler import Profiler
+from streamer.run import DEMO, add_options
+from streamer.session import Session, open_session
+
+WAYS = ("unwatched", "profile", "live")
+WARM = 2  # rounds before those that count: the pool, the page cache, compiled samplers
+
+
+def parser() -> Parser:
+    p = Parser(prog="watch_cost", description="What watching a run costs, in turns.")
+    p.add_argument("--rounds", type=number(6, 10_000, int), default=30)
+    p.add_argument("--seconds", type=number(1), help="stop after about so many")
+    p.add_argument("--prompt", default=PROMPT)
+    add_options(p, max_tokens=64)
+    p.set_defaults(chat=False, system=None, stats=None, heat="off")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    until = time.monotonic() + (args.seconds or math.inf)
+    session = open_session(args, args.prompt, DEMO)
+    try:
+        with terminal() as tty:
+            rounds = _rounds(session, args, tty, until)
+    finally:
+        session.close()
+    rows = [_row(way, rounds) for way in WAYS[1:]]
+    print("| watched by | time over unwatched | 95% range | processor time over unwatched |")
+    print("|---|---|---|---|")
+    for row in rows:
+        low, high = row["range"]
+        print(f"| {row['way']} | {row['ratio']:.4f} | {low:.4f} to {high:.4f} | {row['cpu']:.4f} |")
+    about = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
+    about |= {"machine": machine(), "versions": versions(), "rounds": len(rounds)}
+    unwatched = statistics.median(r["unwatched"][0] for r in rounds)
+    about |= {"tokens": len(session.tokens), "unwatched_seconds": unwatched}
+    print(json.dumps(about | {"rows": rows}))
+    return 0
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[TextIO]:
+    """A pseudo-terminal to write to, whose other end somebody reads."""
+    ours, theirs = pty.openpty()
+
+    def drain() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(ours, 65536):
+                pass
+
+    reader = threading.Thread(target=drain, daemon=True)
+    reader.start()
+    try:
+        with open(theirs, "w", encoding="utf-8") as tty:
+            yield tty
+    finally:
+        reader.join(timeout=5)
+        os.close(ours)
+
+
+Round = dict[str, tuple[float, float]]  # way: seconds, processor seconds of all threads
+
+
+def _rounds(session: Session, args: argparse.Namespace, tty: TextIO, until: float) -> list[Round]:
+    orders = itertools.cycle(itertools.permutations(WAYS))
+    rounds: list[Round] = []
+    for i in range(args.rounds + WARM):
+        got = {way: timed(session, way, tty) for way in next(orders)}
+        if i >= WARM:
+            rounds.append(got)
+        if time.monotonic() > until and len(rounds) >= 6:
+            say(f"{len(rounds)} rounds")
+            break
+    return rounds
+
+
+def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
+    """Seconds and processor seconds of a reply."""
+    streamer = session.streamer
+    with contextlib.ExitStack() as stack:
+        profiler = Profiler(session.model) if way == "profile" else None
+        ledger = Ledger(session.model, lambda: session.caches, streamer.opened.files)
+        console = SteadyConsole(file=tty, force_terminal=True, width=120, height=40)
+        view = View(session, console if way == "live" else None, own_text=True)
+
+        def write(piece: str) -> None:
+            tty.write(piece)
+            tty.flush()
+
+        began, cpu = time.perf_counter(), time.process_time()
+        if way == "profile":
+            streamer.watch = profiler
+            stack.enter_context(Sampler(ledger))
+        if way == "live":
+            stack.enter_context(view.shown())
+            write = view.write  # type: ignore[assignment]
+        for piece in session.reply(session.prompt_tokens, lambda done, total: None):
+            write(piece)
+        stack.close()
+        seconds, spent = time.perf_counter() - began, time.process_time() - cpu
+    streamer.watch = None
+    return seconds, spent
+
+
+def _row(way: str, rounds: Sequence[Round]) -> dict[str, Any]:
+    ratios = [r[way][0] / r["unwatched"][0] for r in rounds]
+    cpus = [r[way][1] / r["unwatched"][1] for r in rounds]
+    return {
+        "way": way,
+        "ratio": statistics.median(ratios),
+        "range": median_range(ratios),
+        "cpu": statistics.median(cpus),
+        "ratios": ratios,
+    }
+
+
+def median_range(values: Sequence[float], miss: float = 0.05) -> tuple[float, float]:
+    """The narrowest pair of order statistics that holds the true median but in `miss` of cases."""
+    ordered, n = sorted(values), len(values)
+    below, i = 0.0, 0  # chance that fewer than i + 1 values lie below the median
+    while i < n // 2 and below + math.comb(n, i) / 2**n <= miss / 2:
+        below += math.comb(n, i) / 2**n
+        i += 1
+    i = max(0, i - 1)
+    return ordered[i], ordered[n - 1 - i]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
