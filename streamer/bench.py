@@ -27,6 +27,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def parser() -> Parser:
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--quick", action="store_true", help="the suite on the demo within a minute")
     p.add_argument("--limit", help="memory of each configuration, such as 180MB (Linux, root)")
-    p.add_argument("--llama", type=Path, help="llama.cpp's llama-server")
+    p.add_argument(
+        "--llama", type=Path, help="llama.cpp's llama-server, with --mtp by its head too"
+    )
     p.add_argument("--gguf", type=Path, help="the model for it")
     p.add_argument("--llama-args", default="", help="further options for it, one string")
     p.add_argument("--no-memory-row", action="store_true", help="leave out in-memory mlx-lm")
@@ -138,7 +141,8 @@ def _configurations(args: Any, opened: Any) -> list[Configuration]:
     else:
         ours = crossed(shares, drafts, executors, disks, bits)
     first = [] if args.no_memory_row else [MEMORY]
-    return [*first, *ours, *([LLAMA] if args.llama else [])]
+    theirs = [replace(LLAMA, mtp=depth) for depth in drafts if depth != "auto"]
+    return [*first, *ours, *(theirs if args.llama else [])]
 
 
 def _fitting(names: list[Configuration], opened: Any, room: int) -> list[Configuration]:
@@ -154,7 +158,7 @@ def _fitting(names: list[Configuration], opened: Any, room: int) -> list[Configu
     sizes = {
         name: PROCESS + opened.trunk_bytes + experts * (name.share or 100) // 100
         for name in names
-        if name != LLAMA  # its mapping is the system's to drop
+        if name.kind != LLAMA.kind  # its mapping is the system's to drop
     }
     while sizes and sum(sizes.values()) > room:
         largest = max(sizes, key=lambda name: sizes[name])
@@ -165,7 +169,7 @@ def _fitting(names: list[Configuration], opened: Any, room: int) -> list[Configu
         del sizes[largest]
     if not sizes:
         raise StreamerError(f"no configuration fits into {format_size(room)}; give less --shares")
-    return [name for name in names if name in sizes or name == LLAMA]
+    return [name for name in names if name in sizes or name.kind == LLAMA.kind]
 
 
 def _list(option: str, text: str | None, default: str, known: tuple[str, ...]) -> list[str]:
@@ -191,8 +195,9 @@ def _turns(
         workers: dict[Configuration, Any] = {}
         for name in names:
             group = stack.enter_context(memory_cgroup(limit)) if limit is not None else None
-            if name == LLAMA:
-                workers[name] = Llama(args.llama, args.gguf, job, group, args.llama_args)
+            if name.kind == LLAMA.kind:
+                more = args.llama_args, name.mtp
+                workers[name] = Llama(args.llama, args.gguf, job, group, *more)
             else:
                 workers[name] = Worker(name, job, group)
             stack.callback(workers[name].close)

@@ -2,8 +2,8 @@
 
 The server (`llama-server`) is started once, with memory mapping as it does by default and
 without repacking, which would hold the weights a second time; what is timed is its own
-account of the tokens after the first. Other options, such as those of its own MTP, go through
-`--llama-args`.
+account of the tokens after the first. Where the file holds the model's MTP head, `--mtp 1,2`
+gives rows in which it drafts with that. Other options go through `--llama-args`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Llama:
         job: dict[str, Any],
         group: MemoryCgroup | None,
         options: str = "",
+        mtp: str = "off",
     ):
+        """options: more of the server's own. mtp: drafts a step, by the head in the file."""
         for path in (binary, gguf):
             if not path.is_file():
                 raise StreamerError(f"there is no file {path}")
@@ -50,6 +52,8 @@ class Llama:
         context = 2 * len(job["prompt"]) + job["tokens"] + 64  # tokens are no shorter than bytes
         argv = [str(binary), "-m", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
         argv += ["-c", str(context), "-t", str(cores()), "-np", "1", "--no-repack"]
+        if mtp != "off":
+            argv += ["--spec-type", "draft-mtp", "--spec-draft-n-max", mtp]
         argv += shlex.split(options)
         drop_page_cache(gguf)  # or pages that are cached already cost a limited group nothing
         quiet: dict[str, Any] = {
@@ -88,6 +92,8 @@ class Llama:
         )
         timings = answer["timings"]
         return {
+            "drafted": timings.get("draft_n", 0),
+            "accepted": timings.get("draft_n_accepted", 0),
             "seconds": timings["predicted_ms"] / 1e3 / (timings["predicted_n"] - 1),
             "peak": self._group.peak if self._group else self._peak(),
             "kernel_bytes": self._kernel_bytes() - before,

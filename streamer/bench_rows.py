@@ -31,9 +31,9 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        if self.kind != "streamed":
-            return self.kind
-        parts = ["what fits" if self.share is None else f"{self.share}%"]
+        parts = [self.kind]
+        if self.kind == "streamed":
+            parts = ["what fits" if self.share is None else f"{self.share}%"]
         parts += [f"mtp {self.mtp}"] if self.mtp != "off" else []
         parts += [self.executor] if self.executor != "layerwise" else []
         parts += [f"kv {self.kv_bits:g}"] if self.kv_bits != 16 else []
@@ -95,7 +95,8 @@ def row(one: Configuration, results: dict[Configuration, list[Run]], disk: float
     if one.mtp != "off":
         made["drafted"] = sum(r["drafted"] for r in runs)
         made["acceptance"] = sum(r["accepted"] for r in runs) / max(1, made["drafted"])
-        made["verify_passes"] = sum(r["passes"] for r in runs)
+        if "passes" in runs[0]:  # llama.cpp does not say
+            made["verify_passes"] = sum(r["passes"] for r in runs)
     made |= _ratio("of_mlx_lm", results.get(MEMORY), runs)
     reference = next((r for r in results.values() if "out" in r[0]), None)
     if reference and "out" in runs[0]:

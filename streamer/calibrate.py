@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -82,17 +83,18 @@ def _step(model: Any, tokens: Sequence[int], depth: int) -> float:
         sampler=greedy_sampler if depth else sampler,
         speculation=speculation,
     )
+    least, began = (WARM + LEAST) * (depth + 1), time.perf_counter()
     try:
         streamer.watch = profiler
         with contextlib.closing(steps):
-            for _ in steps:
-                times = [sum(s.parts) for s in profiler.steps if s.kind != "prefill"][WARM:]
-                if len(times) >= LEAST and sum(times) > SECONDS:
+            for given, _ in enumerate(steps):  # no more in here: it would be timed too
+                if given >= least and time.perf_counter() - began > SECONDS:
                     break
     finally:
         streamer.watch = before
         vars(streamer.counters).update(vars(counters))
-    return statistics.mean(times)
+    times = [sum(s.parts) for s in profiler.steps if s.kind != "prefill"]
+    return statistics.mean(times[WARM:])
 
 
 def _layers(runs: Sequence[Executor]) -> Iterator[tuple[Executor, int, Any]]:

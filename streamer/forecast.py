@@ -75,8 +75,7 @@ def costs(document: dict[str, Any]) -> Costs:
         return Costs(hit, 0.0, measured.get("read_seconds", 0.0), resident, tokens)
     found = busy[misses == 0]
     if len(found) >= ENOUGH:
-        # what surrounds a step of the run comes to a resident one's too
-        hit, resident = float(found.mean()), resident * max(1.0, float(found.mean()) / hit)
+        hit = float(found.mean())
     late, waited = _two(calls, misses, busy - hit), _two(calls, misses, waits)
     return Costs(hit, late[0] + waited[0], late[1] + waited[1], resident, tokens)
 

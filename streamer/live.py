@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from .footprint import footprint, format_size
@@ -57,7 +56,7 @@ class Meter:
 
     def __init__(self, session: Session):
         self._session = session
-        self._lock = threading.Lock()
+        self._ended: list[np.ndarray] = []  # reads told of since they were added up
         self._read = np.zeros(3)  # bytes, seconds queued, seconds under way
         self._moments: deque[Moment] = deque()
 
@@ -71,13 +70,15 @@ class Meter:
         return
 
     def reads(self, ended: np.ndarray) -> None:
-        with self._lock:
-            self._read += ended.sum(axis=0)
+        self._ended.append(ended)
 
     def span(self) -> tuple[Moment, Moment]:
         """Counts some seconds ago, and now."""
         session = self._session
         counters, drafts = session.streamer.counters, session.drafts
+        ended = self._ended[:]
+        del self._ended[: len(ended)]  # others may be told of meanwhile
+        self._read += sum(rows.sum(axis=0) for rows in ended)
         now = Moment(
             time.perf_counter(),
             session.timing.generated_tokens,
@@ -164,7 +165,8 @@ class View:
             self._console.print(Text(whole), soft_wrap=True)
         else:
             live.refresh()
-        self._cost += (time.thread_time() - began - self._cost) / 4
+        spent = time.thread_time() - began
+        self._cost = self._cost + (spent - self._cost) / 4 if self._cost else spent
 
     def _drawn(self) -> RenderableType:
         status = self._status()
@@ -199,12 +201,8 @@ class View:
         line = Text(no_wrap=True, overflow="ellipsis")
         for i, (name, value) in enumerate(cells):
             line.append("   " if i else "").append(f"{name} ", "dim").append(value, "bold")
-        table = Table.grid()
-        table.add_row(Text("─" * (self._console.width if self._console else 0), "dim"))
-        table.add_row(line)
-        if streamer.executors:
-            table.add_row(self._residency())
-        return table
+        rule = Text("─" * (self._console.width if self._console else 0), "dim", no_wrap=True)
+        return Group(rule, line, *([self._residency()] if streamer.executors else []))
 
     def _residency(self) -> Text:
         """Of each layer, how many of its experts are in memory."""

@@ -113,6 +113,11 @@ class Opened:
         """Bytes of the trunk's caches at `context` tokens, as they are allocated."""
         return sum(cache.at(context, bits) for cache in self._caches)
 
+    @property
+    def fixed_kv_bytes(self) -> int:
+        """Bytes of the caches that no context makes larger: the states of recurrent layers."""
+        return sum(cache.fixed for cache in self._caches if not cache.row)
+
     def coding_bytes(self, rows: int, context: int, bits: float) -> int:
         """What a pass of `rows` rows takes of coded caches besides, bytes."""
         if bits >= FULL:

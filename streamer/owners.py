@@ -39,7 +39,7 @@ MOST = 480  # samples kept: past it every other one goes and the period doubles
 STEADY = 0.01  # a sample during which the footprint changed by more is taken again
 TRIES = 5
 CACHESTAT = 451  # the system call, on every Linux architecture
-CACHE_SHARE = 0.005  # of the time may go into asking for the page cache
+CACHE_SHARE = 0.001  # of the time may go into asking for the page cache
 
 
 class Sample(NamedTuple):
@@ -141,8 +141,9 @@ class Sampler:
     def _take(self) -> None:
         began = time.thread_time()
         self.samples.append(self._ledger.sample(time.perf_counter() - self._began))
+        spent = time.thread_time() - began
         # of the last dozen or so: one sample in HEAP_EVERY takes longer
-        self._cost += (time.thread_time() - began - self._cost) / HEAP_EVERY
+        self._cost = self._cost + (spent - self._cost) / HEAP_EVERY if self._cost else spent
         if len(self.samples) >= self._most:  # of each two the larger stays: peaks are the point
             pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
             self.samples = [max(pair, key=lambda s: s.footprint) for pair in pairs]

@@ -3,11 +3,14 @@
     python -m streamer.plan --model PATH --memory 16GB --context 32768
     python -m streamer.plan --model PATH --memory 16GB --json
 
-The division is the loader's own (`streamer.budget.divide`). Disk speed and
-multiply-add rate are measured here, in under a second; tokens per second is a
-range, since hit rates depend on the text: from uniform routing at one end to
-the skewed use seen on a trained model at the other. A profile of a run of the same
-model (`streamer.profile --json`) replaces the range by what its text would give:
+The division is the loader's own (`streamer.budget.divide`). Disk speed, the rate of matrix
+products and the time of a layer's experts are measured here, in a second or two, by the
+kernels that decoding runs on; what stands between the products is not, so that the speed is
+an upper bound for small models. Tokens per second is a range, since hit rates depend on the
+text: from uniform routing at one end to the skewed use seen on a trained model at the other.
+Sizes are in units of 1024 as `--memory` takes them, a disk's rate in 10**9 bytes a second.
+A profile of a run of the same model (`streamer.profile --json`) replaces the range by what its
+text would give:
 
     python -m streamer.plan --model PATH --memory 16GB --profile profile.json
 """
@@ -27,6 +30,8 @@ from .console import Parser, command, number
 from .errors import UsageError
 from .kv import bits_option
 
+TIMED_BYTES = 96 << 20  # of experts that `experts_seconds` holds, at most
+CALLS = 12  # that it times at once
 # Share of a layer's chosen experts found in an LRU pool that holds a share of
 # all experts: measured on a trained 8-layer, 32-expert, top-4 model.
 LRU_HITS = ((0.0, 0.0), (0.25, 0.45), (0.5, 0.72), (0.75, 0.9), (0.9, 0.96), (1.0, 1.0))
@@ -94,7 +99,7 @@ def foresee(opened: Any, budget: Any) -> Forecast:
     share = min(1.0, sum(budget.slots) / max(1, opened.experts))
     hits = (share, max(share, _lru_hits(share)))
     reads = (asked * (1 - hits[0]), asked * (1 - hits[1]))
-    compute = active_weights(opened) / multiply_rate()
+    compute = trunk_weights(opened) / multiply_rate() + experts_seconds(opened)
     rate, reason = float("inf"), "nothing is read"
     if layers:
         files = opened.files
@@ -125,18 +130,17 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
     return Forecast((hits, hits), (read, read), step, (speed, speed), rate, reason)
 
 
-def active_weights(opened: Any) -> int:
-    """Weights that one token multiplies with: the trunk's matrices and its experts."""
+def trunk_weights(opened: Any) -> int:
+    """Weights of the trunk that one token multiplies with, its experts' not among them."""
     from .opened import in_head, trunk_parameters
 
-    trunk = 0
+    found = 0
     for path, array in trunk_parameters(opened.model):
         if in_head(path):
             continue
         if array.ndim >= 2 and not path.endswith(("scales", "biases", "embed_tokens.weight")):
-            trunk += array.size * (32 // _bits(opened, path, array))
-    switches = [layer.switch for layer in opened.trunk_layers]
-    return trunk + sum(opened.top_k * _expert_weights(opened, switch) for switch in switches)
+            found += array.size * (32 // _bits(opened, path, array))
+    return found
 
 
 def _bits(opened: Any, path: str, array: Any) -> int:
@@ -149,14 +153,38 @@ def _bits(opened: Any, path: str, array: Any) -> int:
     return getattr(module, "bits", 4)
 
 
-def _expert_weights(opened: Any, switch: Any) -> int:
-    from .experts import projections
+def experts_seconds(opened: Any) -> float:
+    """Seconds of a token's experts in all layers, each run as decoding runs it: the module that
+    is bound to a pool, over more slots than caches keep, which hold zeros."""
+    import mlx.core as mx
 
-    return sum(p.input_dims * p.output_dims for _, p in projections(switch))
+    from kernels import fast
+
+    from .experts import held_bytes, projections
+    from .slots import SlotArrays
+
+    whole = 0.0
+    for fmt in {layer.format for layer in opened.trunk_layers}:
+        alike = [layer for layer in opened.trunk_layers if layer.format == fmt]
+        chosen = max(1, min(opened.top_k, TIMED_BYTES // held_bytes(fmt)))
+        slots = max(chosen, min(alike[0].count, TIMED_BYTES // held_bytes(fmt)))
+        inner = SlotArrays(fmt, slots).bind(alike[0].switch)
+        _, first = next(iter(projections(alike[0].switch)))
+        x = mx.ones((1, 1, first.input_dims), dtype=opened.widen or mx.bfloat16)
+        calls = [mx.arange(i * chosen, (i + 1) * chosen) % slots for i in range(CALLS)]
+        mx.eval(calls)
+        best = float("inf")
+        with fast.installed():
+            for _ in range(4):
+                began = time.perf_counter()
+                mx.eval([inner(x, ids.astype(mx.uint32)[None, None]) for ids in calls])
+                best = min(best, time.perf_counter() - began)
+        whole += len(alike) * best / CALLS * opened.top_k / chosen
+    return whole
 
 
 def multiply_rate() -> float:
-    """Weights per second of 4-bit matrix-vector products, measured by what decoding runs on."""
+    """Weights a second of 4-bit products with one row, by the kernels that decoding runs on."""
     import mlx.core as mx
 
     from kernels import fast
@@ -217,7 +245,7 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
             ("disk", forecast.reason),
             (
                 "reads",
-                f"{_range([r / 1e6 for r in forecast.read_bytes[::-1]], '.1f')} MB a token "
+                f"{_sizes(forecast.read_bytes[::-1])} a token "
                 f"(hit rate {_range(forecast.hit_rate, '.0%')})",
             ),
         ]
@@ -227,6 +255,7 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
 
 def _kv_row(opened: Any, budget: Any) -> str:
     """Its size at the chosen bits and in full precision, and which layers have it."""
+    from .cache_size import KV_STEP
     from .footprint import format_size
     from .kv import CODED, FULL
 
@@ -240,7 +269,18 @@ def _kv_row(opened: Any, budget: Any) -> str:
         size = f"{full} ({format_size(opened.kv_bytes(budget.context, least))} at {least} bits)"
     else:
         size = full
-    return f"{size} for {budget.context} tokens"
+    states = opened.fixed_kv_bytes
+    fixed = f", {format_size(states)} of it recurrent states of any context" if states else ""
+    room = -(-budget.context // KV_STEP) * KV_STEP
+    grown = f", held for {room} since caches grow by {KV_STEP}" if room != budget.context else ""
+    return f"{size} for {budget.context} tokens{grown}{fixed}"
+
+
+def _sizes(ends: Sequence[float]) -> str:
+    from .footprint import format_size
+
+    low, high = (format_size(round(end)) for end in ends)
+    return low if low == high else f"{low} to {high}"
 
 
 def _range(ends: Sequence[float], form: str) -> str:

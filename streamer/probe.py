@@ -30,7 +30,7 @@ from typing import NamedTuple
 from .backends import MACOS, open_file, whole
 from .console import Parser, command
 from .errors import StreamerError, UsageError
-from .footprint import available_memory, parse_size
+from .footprint import available_memory, format_size, parse_size
 from .store import THREADS, Backend, Piece, Store
 
 PROBE_BYTES, PROBE_SECONDS = 64 << 20, 0.3
@@ -106,11 +106,11 @@ def choose_backend(
     others = ", ".join(f"{w} {_rate(r.bandwidth)}" for w, r in results.items() if w != way)
     why = f"{way} reads {_rate(found.bandwidth)} here" + (f" ({others})" if others else "")
     if total <= SMALL:
-        why += f"; the files are small, {total / 1e6:.1f} MB"
+        why += f"; the files are small, {format_size(total)}"
     elif ways is TIGHT:
-        why += f"; {spare / 1e9:.1f} GB to spare cannot cache {total / 1e9:.1f} GB of files"
+        why += f"; {format_size(spare)} to spare cannot cache {format_size(total)} of files"
     else:
-        why += f"; memory to spare could cache {cached:.0%} of {total / 1e9:.1f} GB of files"
+        why += f"; memory to spare could cache {cached:.0%} of {format_size(total)} of files"
     return Choice(way.backend, way.drop_behind, found.bandwidth, found.latency, why)
 
 

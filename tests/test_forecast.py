@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from streamer import calibrate, plan
 from streamer.calibrate import hit_step, resident_step
-from streamer.engine import generate
+from streamer.engine import Timing, generate
 from streamer.forecast import _two, at_share, costs
 from streamer.loading import load_streamed
 from streamer.profiler import PARTS
@@ -34,39 +34,79 @@ def inflated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Sweeps = list[tuple[Path, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def swept(inflated: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """On a disk slow enough that what else the machine does hardly matters."""
-    file = tmp_path_factory.mktemp("swept") / "profile.json"
-    command = [sys.executable, "-m", "streamer.profile", "--model", str(inflated)]
-    command += ["--disk", "0.12GB/s", "--io", "pread", "--max-tokens", "40", "--json", str(file)]
-    done = subprocess.run(
-        [*command, "--sweep", "40%,20%,60%"], capture_output=True, text=True, check=False
+def sweeps(inflated: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    """Budgets in turns, three times, on a disk so slow that a step waits for it most of the time,
+    whatever else the machine does."""
+    made = []
+    for i in range(3):
+        file = tmp_path_factory.mktemp("swept") / f"{i}.json"
+        command = [sys.executable, "-m", "streamer.profile", "--model", str(inflated)]
+        command += ["--disk", "0.02GB/s", "--io", "pread", "--max-tokens", "20"]
+        command += ["--json", str(file), "--sweep", "40%,20%,60%"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made.append((file, json.loads(file.read_text())))
+    return made
+
+
+@pytest.fixture(scope="module")
+def swept(sweeps: Sweeps) -> tuple[Path, dict[str, Any]]:
+    return sweeps[-1]
+
+
+def test_forecasts_lie_within_a_quarter(sweeps: Sweeps) -> None:
+    """Each told from one run and held to another; of the rounds the median. Retaking none."""
+    found = [document["sweep"] for _, document in sweeps]
+    for sweep in found:
+        assert sweep["memory"] == ["20%", "40%", "60%"] and sweep["source"] == 1
+        # what is asked for and missed is no matter of time
+        for told, true in zip(sweep["forecast_hit_rate"], sweep["hit_rate"], strict=True):
+            assert told == pytest.approx(true, abs=0.02)
+    told, true = (
+        np.median([s[name] for s in found], axis=0)
+        for name in ("forecast_tokens_per_second", "tokens_per_second")
     )
-    assert done.returncode == 0, done.stderr
-    return file, json.loads(file.read_text())
+    assert true[2] > 1.3 * true[0], "the budgets differ by more than the bound"
+    assert told == pytest.approx(true, rel=0.25)
 
 
-def test_forecasts_lie_within_a_quarter(swept: tuple[Path, dict[str, Any]]) -> None:
-    sweep = swept[1]["sweep"]
-    assert sweep["memory"] == ["20%", "40%", "60%"] and sweep["source"] == 1
-    speeds = sweep["tokens_per_second"]
-    assert speeds[2] > 1.3 * speeds[0], "the budgets differ by more than the bound"
-    for told, true in zip(sweep["forecast_tokens_per_second"], speeds, strict=True):
-        assert told == pytest.approx(true, rel=0.25)
-    for told, true in zip(sweep["forecast_hit_rate"], sweep["hit_rate"], strict=True):
-        assert told == pytest.approx(true, abs=0.02)
+def test_a_resident_step_is_foretold_without_the_experts(
+    inflated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model with half of them, in turns with a model that holds them all: the median of
+    ratios of neighbours in time, which other work slows alike."""
+    monkeypatch.setattr(calibrate, "STEPS", 24)
+    half: Any = load_streamed(inflated, slots=160)
+    whole: Any = load_streamed(inflated)
+    assert whole.streamer.resident and not half.streamer.resident
+    ratios: list[float] = []
+    for _ in range(9):
+        told = resident_step(half, TOKENS)
+        timing = Timing()
+        steps = generate(whole, TOKENS[:16], make_prompt_cache(whole), max_tokens=29, timing=timing)
+        assert len(list(steps)) == 29
+        ratios.append(told / (timing.decode_seconds / 28))
+    assert np.median(ratios[1:]) == pytest.approx(1, abs=0.25)
 
 
 def test_the_plan_takes_a_profile(
-    swept: tuple[Path, dict[str, Any]], inflated: Path, capsys: pytest.CaptureFixture[str]
+    swept: tuple[Path, dict[str, Any]],
+    sweeps: Sweeps,
+    inflated: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, document = swept
+    measured = np.median([d["sweep"]["tokens_per_second"][2] for _, d in sweeps])
     argv = ["--model", str(inflated), "--context", "64", "--profile", str(file)]
     assert plan.main([*argv, "--memory", "60%", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     low, high = planned["tokens_per_second"]
-    assert low == high == pytest.approx(document["sweep"]["tokens_per_second"][2], rel=0.25)
+    assert low == high == pytest.approx(document["sweep"]["forecast_tokens_per_second"][2], rel=0.1)
+    assert low == pytest.approx(measured, rel=0.25)
     assert plan.main([*argv, "--memory", "60%"]) == 0
     assert f"{low:.1f} tokens/s" in capsys.readouterr().out
     assert plan.main(["--profile", str(file)]) == 2
@@ -109,7 +149,7 @@ def test_costs_are_those_that_the_steps_were_made_of() -> None:
     waits = [0.25 * n for n in misses]
     busy = [2.0 + 0.125 * c for c in calls]
     found = costs(made(misses, waits, busy))
-    assert found == pytest.approx((2.0, 0.125, 0.25, 1.0, 1.0))
+    assert found == pytest.approx((2.0, 0.125, 0.25, 0.5, 1.0))
     few = costs(made(misses[4:], waits[4:], [b - 1 for b in busy[4:]]))
     assert few == pytest.approx((1.0, 0.125, 0.25, 0.5, 1.0)), "measured apart: too few such steps"
     none = costs(made([0] * 6, [0.0] * 6, [2.0] * 6))

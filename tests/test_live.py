@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import signal
@@ -14,9 +15,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyte
 import pytest
+
+from streamer import live
 
 ROWS, COLUMNS = 30, 160
 COMMAND = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", "def main("]
@@ -161,3 +166,27 @@ def test_text_in_a_file_is_text_alone_while_the_lines_are_shown(tmp_path: Path) 
     )
     assert code == 0 and file.read_text() == plain.stdout
     assert "by layer" not in lines
+
+
+def test_drawing_takes_its_share_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a drawing takes, of the time it takes no more than was said."""
+    session: Any = SimpleNamespace(streamer=SimpleNamespace(watch=None))
+    view = live.View(session, live.SteadyConsole(file=io.StringIO()), own_text=True)
+    drawn = []
+
+    def slow() -> str:
+        end = time.thread_time() + 0.004
+        while time.thread_time() < end:
+            pass
+        drawn.append(time.perf_counter())
+        return ""
+
+    monkeypatch.setattr(live, "PERIOD", 0.001)
+    monkeypatch.setattr(view, "_drawn", slow)
+    began = time.perf_counter()
+    with view.shown():
+        time.sleep(1.2)
+    lasted = time.perf_counter() - began
+    assert session.streamer.watch is None
+    # the first of the thread and those of the beginning and the end come anyway
+    assert 2 <= len(drawn) <= 6 + lasted * live.SHARE / 0.004

@@ -172,15 +172,13 @@ def test_the_table_says_that_it_is_simulated(
 def test_live_runs_lie_within_15_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a disk so slow that what else runs here hardly matters; tools.simulate on fast ones."""
+    """On a disk so slow that steps wait for it most of the time, and with costs measured in turns
+    with the runs, so that other work slows both; quiet, on fast ones: docs/benchmarks.md."""
     model = tmp_path / "padded"
     assert inflate([str(DEMO), str(model), "--expert-bytes", "256KB"]) == 0
     command = ["check", "--model", str(model), "--pools", "45,25", "--disk", "0.06"]
-    command += ["--executors", "layerwise", "--tokens", "10", "--rounds", "1"]
-    for _ in range(3):  # something else may run here meanwhile
-        assert simulate.main(command) == 0
-        told = json.loads(capsys.readouterr().out.splitlines()[-1])
-        if told["within"] < 0.15:
-            break
+    command += ["--executors", "layerwise", "--tokens", "10", "--rounds", "3"]
+    assert simulate.main(command) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["within"] < 0.15, told["rows"]
     assert len(told["rows"]) == 2 and told["profile"]["0"]["read"] > 0

@@ -34,7 +34,7 @@ class Demand:
 
 
 def replayed(routes: Routes, share: float) -> list[Demand]:
-    """Every decoding step of the recording, on an LRU pool with `share` of the experts."""
+    """Every decoding step of the recording, on the runtime's pool with `share` of the experts."""
     found: list[Demand] = []
     steps: dict[int, Demand] = {}
     drafting = 0

@@ -3,7 +3,7 @@
 A `Machine` is what is known of hardware before anything runs on it; `Costs` are seconds of one
 model there. Of this machine costs are measured (`tools.calibrate`); of others they follow from
 shapes, for memory-bound decoding: bytes of weights over memory bandwidth. What is assumed and
-not published is in `ASSUMED`.
+not published is in `ASSUMED`, and beside the machines.
 
     python -c "from tools.machines import MACHINES; print(*MACHINES.values(), sep='\\n')"
 """
@@ -48,7 +48,15 @@ class Machine:
     row: float = ASSUMED["more of a trunk's time for each further row"]
 
 
-# memory bandwidths are Apple's; SSD speeds as measured by streaming runtimes, latencies assumed
+# Where the numbers are from:
+# - memory bandwidth: Apple's figures, 100 (M2), 120 (M4) and 614 GB/s (M5 Max with 40 GPU cores,
+#   checked against Apple's pages in Andyyyy64/whichllm #92; press reports of 3 March 2026);
+# - SSD: 1.5 GB/s of an M2 Mac mini with 256 GB, as reported by carloslfu/slotstream #22 and #5.
+#   Reads of an expert's size on an M5 Max gave 11.0 GB/s by one thread and 14.1 by nine
+#   (antirez/ds4 #491), Apple says up to 14.5, a review of the 4 TB one measured 13.6: 12.5 lies
+#   between. 2.4 GB/s of an M4 is an assumption: no source was found;
+# - a read-back took 0.2 to 0.35 ms on an M4 (ml-explore/mlx-lm #1438), of which ASSUMED has .25
+#   for all; latencies, the share of bandwidth reached and a row's cost are assumptions.
 MACHINES = {
     "m2-16": Machine("M2, 16 GB", parse_size("16GB"), 1.5e9, 120e-6, 100e9),
     "m4-32": Machine("M4, 32 GB", parse_size("32GB"), 2.4e9, 100e-6, 120e9),

@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         session.close()
     rows = [_row(way, rounds) for way in WAYS[1:]]
-    print("| watched by | time over unwatched | 95% range | processor time over unwatched |")
-    print("|---|---|---|---|")
+    print("| watched by | time over unwatched | range | processor time over unwatched | range |")
+    print("|---|---|---|---|---|")
     for row in rows:
-        low, high = row["range"]
-        print(f"| {row['way']} | {row['ratio']:.4f} | {low:.4f} to {high:.4f} | {row['cpu']:.4f} |")
+        cells = [_cells(row[name]) for name in ("time", "processor_time")]
+        print(f"| {row['way']} | {' | '.join(cells)} |")
     about = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
     about |= {"machine": machine(), "versions": versions(), "rounds": len(rounds)}
     unwatched = statistics.median(r["unwatched"][0] for r in rounds)
@@ -144,15 +144,16 @@ def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
 
 
 def _row(way: str, rounds: Sequence[Round]) -> dict[str, Any]:
-    ratios = [r[way][0] / r["unwatched"][0] for r in rounds]
-    cpus = [r[way][1] / r["unwatched"][1] for r in rounds]
-    return {
-        "way": way,
-        "ratio": statistics.median(ratios),
-        "range": median_range(ratios),
-        "cpu": statistics.median(cpus),
-        "ratios": ratios,
-    }
+    made: dict[str, Any] = {"way": way}
+    for i, name in enumerate(("time", "processor_time")):
+        ratios = [r[way][i] / r["unwatched"][i] for r in rounds]
+        made[name] = {"median": statistics.median(ratios), "range": median_range(ratios)}
+    return made
+
+
+def _cells(found: dict[str, Any]) -> str:
+    low, high = found["range"]
+    return f"{found['median']:.3f} | {low:.3f} to {high:.3f}"
 
 
 def median_range(values: Sequence[float], miss: float = 0.05) -> tuple[float, float]:
