@@ -29,7 +29,7 @@ from .routed import paged_moe, whole_moe
 from .weights import MLXLM, float32, form_of, group
 
 TOKENS = (mx.int32, mx.uint32)
-Kinds = tuple[type, ...]  # of the caches
+Kinds = tuple[type, ...]  # of the caches, and of the layers
 Masks = tuple[Any, Any]  # of gated delta nets, of attention
 Run = Callable[[mx.array, Sequence[Any], Masks], mx.array]
 Arrivals = Sequence[tuple[Sequence[int], Any]]  # pairs of row and choice, the ticket of their reads
@@ -106,8 +106,9 @@ def _plan(self: nn.Module, cache: Sequence[Any]) -> Plan | None:
     number = id(self)
     if number not in _plans:
         _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None)), {}
-    plans, kinds = _plans[number][1], tuple(map(type, cache))
     parts = self["model"], self.get("lm_head")
+    # By layers too: a rehearsal changes their classes and changes them back.
+    plans, kinds = _plans[number][1], (*map(type, cache), *map(type, parts[0]["layers"]))
     held = plans.get(kinds)
     if held is None or not held.holds(parts):
         plan = _made(self, kinds)
@@ -134,9 +135,11 @@ def _made(self: nn.Module, kinds: Kinds) -> Plan | None:
     """A plan, None where no two layers would be in one operation."""
     inner = self["model"]
     layers = inner["layers"]
-    if inner.pipeline_size != 1 or self.sharding_group is not None or len(layers) != len(kinds):
+    if inner.pipeline_size != 1 or self.sharding_group is not None:
         return None
-    parts = [_parts_of_layer(*pair) for pair in zip(layers, kinds, strict=True)]
+    if 2 * len(layers) != len(kinds):
+        return None
+    parts = [_parts_of_layer(*pair) for pair in zip(layers, kinds, strict=False)]
     runs: list[Run] = []
     at, kept = 0, True
     lm_head = self.get("lm_head")
@@ -223,7 +226,7 @@ def _embedding(embedding: nn.Module) -> Any:
     arrays = embedding["weight"], embedding["scales"], embedding["biases"]
     gives = getattr(type(embedding), "gives", None)  # where rows are wider than scales
     form = form_of(embedding.mode, embedding.group_size, embedding.bits)
-    wide = gives == mx.float32 or (gives is None and float32(*arrays[1:]))
+    wide = float32(*arrays[1:]) if gives is None else gives == mx.float32
     return ([arrays], *form) if form and wide else None
 
 

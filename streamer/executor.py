@@ -14,6 +14,7 @@ that each is read once and what decoding uses stays.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -389,8 +390,10 @@ class Executor:
         early = [e for experts, _ in parts for e in experts]
         self.counters.prefetch_used += len(early)
         keep = (layer, frozenset([*hits, *misses]))  # those placed here too
-        for wave in self._waves([e for e in misses if e not in early] if early else misses):
-            slots = self.pool.take(len(wave), keep)
+        late = [e for e in misses if e not in early] if early else misses
+        taken = iter(self.pool.take(len(late), keep))
+        for wave in self._waves(late):
+            slots = list(itertools.islice(taken, len(wave)))
             parts.append((wave, self.load(layer, wave, slots)))
             for expert, slot in zip(wave, slots, strict=True):
                 self.pool.place(layer, expert, slot)

@@ -1,0 +1,118 @@
+"""Experts of segments of layers, paged: the bits and the reads of layers one by one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from families import make_tiny
+from mlx_lm.models.cache import make_prompt_cache
+
+from kernels import backend, segments
+from streamer.engine import generate
+from streamer.errors import StreamerError
+from streamer.loading import load_streamed
+
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(
+        "qwen3_5_moe",
+        tmp_path_factory.mktemp("tiny") / "model",
+        quantization={"bits": 4, "group_size": 32},
+    )
+
+
+@pytest.fixture
+def paged(tiny: Path) -> Iterator[Any]:
+    model = load_streamed(tiny, slots=16)
+    yield model
+    model.streamer.close()
+
+
+def decode(model: Any, count: int = 12) -> tuple[list[int], list[mx.array]]:
+    steps = list(generate(model, PROMPT, make_prompt_cache(model), max_tokens=count))
+    return [s.token for s in steps], [s.logprobs for s in steps]
+
+
+def plan_of(model: Any) -> Any:
+    return segments._plan(model.language_model, make_prompt_cache(model))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("slots", [4, 16, 50])
+def test_bits_and_counters_are_those_of_layers(
+    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, own, whole = (load_streamed(tiny, slots=n) for n in (slots, slots, None))
+    assert plan_of(ours).paged and len(plan_of(ours).runs) == 1 and not plan_of(whole).paged
+    tokens, logprobs = decode(ours)
+    assert decode(whole)[0] == tokens
+    monkeypatch.setattr(segments, "_plan", lambda *_: None)
+    want_tokens, want = decode(own)
+    assert tokens == want_tokens
+    assert all(mx.array_equal(a, b) for a, b in zip(logprobs, want, strict=True))
+    for name in ("hits", "misses", "bytes_wanted"):
+        mine, theirs = ours.streamer.counters, own.streamer.counters
+        assert getattr(mine, name) == getattr(theirs, name)
+    for mine, theirs in zip(ours.streamer.executors, own.streamer.executors, strict=True):
+        assert all((a == b).all() for a, b in zip(mine.uses, theirs.uses, strict=True))
+        assert all(
+            (a == b).all() for a, b in zip(mine.pool.slot_of, theirs.pool.slot_of, strict=True)
+        )
+    for model in (ours, own, whole):
+        model.streamer.close()
+
+
+def test_a_slow_disk_is_waited_for(tiny: Path, paged: Any) -> None:
+    from streamer.disk import Disk
+
+    slow = load_streamed(tiny, slots=16, disk=Disk.parse("20MB/s@1ms"))
+    assert decode(slow)[0] == decode(paged)[0]
+    assert slow.streamer.counters.io_wait_seconds > 0
+    slow.streamer.close()
+
+
+def test_a_failed_read_is_an_error_and_no_token(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(tiny, path)
+    model = load_streamed(path, slots=4)
+    want = decode(model)[0]
+    file = next(path.glob("*.safetensors"))
+    stored = file.read_bytes()
+    steps = generate(model, PROMPT, make_prompt_cache(model), max_tokens=12)
+    next(steps)
+    file.write_bytes(stored[: len(stored) // 8])
+    with pytest.raises(StreamerError, match="too short"):
+        list(steps)
+    assert all((slots < 0).all() for slots in model.streamer.executors[0].pool.slot_of)
+    file.write_bytes(stored)
+    assert decode(model)[0] == want
+    model.streamer.close()
+
+
+def test_without_the_extensions_reads_layers_run_alone(
+    tiny: Path, paged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMER_READS", "python")
+    model = load_streamed(tiny, slots=16)
+    assert plan_of(model) is None
+    assert decode(model)[0] == decode(paged)[0]
+    model.streamer.close()
+
+
+def test_rows_of_a_batch_are_left_to_layers(paged: Any) -> None:
+    cache = make_prompt_cache(paged)
+    tokens = mx.array([[3], [5]])
+    both = paged(tokens, cache=cache)
+    for i in range(2):
+        alone = paged(tokens[i : i + 1], cache=make_prompt_cache(paged))
+        assert mx.array_equal(alone[0], both[i])
