@@ -330,26 +330,33 @@ void silu(float* x, int64_t count) {
   rows_avx2().silu(x, count);
 }
 
-// Eight independent sums; seven multiplications make the products of 64 weights.
+// Six independent sums, as many as registers hold; seven multiplications make the products of 64
+// weights.
 float peak(int rounds, int start) {
-  __m256i w[4], sums[8];
-  for (int i = 0; i < 4; ++i) w[i] = _mm256_set1_epi16(static_cast<short>(start + i));
-  for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
+  __m256i w[3], sums[6];
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) {
+    w[i % 3] = _mm256_set1_epi16(static_cast<short>(start + i));
+    sums[i] = _mm256_setzero_si256();
+  }
   const __m256i x[2] = {_mm256_set1_epi16(3), _mm256_set1_epi16(5)};
   for (int round = 0; round < rounds; ++round) {
-    for (int i = 0; i < 8; ++i) {
-      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w[i % 4], x[i / 4]));
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w[i % 3], x[i / 3]));
     }
-    for (__m256i& one : w) asm volatile("" : "+x"(one)); // or products would be made once
+    // Or products would be made once.
+    asm volatile("" : "+x"(w[0]), "+x"(w[1]), "+x"(w[2]));
   }
-  for (int i = 1; i < 8; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 6; ++i) sums[0] = _mm256_add_epi32(sums[0], sums[i]);
   return static_cast<float>(_mm256_extract_epi32(sums[0], 0));
 }
 
 } // namespace
 
 const Rows& rows_maddubs() {
-  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 8 * 64 / 7};
+  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 6 * 64 / 7};
   return table;
 }
 

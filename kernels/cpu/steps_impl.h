@@ -11,31 +11,99 @@ namespace streamer {
 namespace {
 
 constexpr int W = 16;
+
+// Two vectors as one. Compilers keep a vector that is wider than a register in memory, value by
+// value; of pairs each part has its register.
+template <class V>
+struct Pair {
+  V a, b;
+
+  friend Pair operator+(Pair x, Pair y) {
+    return {x.a + y.a, x.b + y.b};
+  }
+  friend Pair operator*(Pair x, Pair y) {
+    return {x.a * y.a, x.b * y.b};
+  }
+  friend Pair operator*(Pair x, float y) {
+    return {x.a * y, x.b * y};
+  }
+  Pair& operator+=(Pair x) {
+    return *this = *this + x;
+  }
+};
+
+#if defined(__AVX512F__)
 typedef float F __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(64), aligned(4), may_alias));
+#elif defined(__AVX2__)
+typedef float Part __attribute__((vector_size(32), aligned(4), may_alias));
+using F = Pair<Part>;
+#else
+typedef float Part __attribute__((vector_size(16), aligned(4), may_alias));
+using F = Pair<Pair<Part>>;
+#endif
+
+template <class V>
+struct Memory {
+  static V load(const float* p) { // from anywhere: as an argument here, V is aligned
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(float* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+  }
+};
+
+template <class V>
+struct Memory<Pair<V>> {
+  static constexpr int half = sizeof(V) / sizeof(float);
+  static Pair<V> load(const float* p) {
+    return {Memory<V>::load(p), Memory<V>::load(p + half)};
+  }
+  static void store(float* p, Pair<V> v) {
+    Memory<V>::store(p, v.a);
+    Memory<V>::store(p + half, v.b);
+  }
+};
 
 inline F load(const float* p) {
-  return *reinterpret_cast<const F*>(p);
+  return Memory<F>::load(p);
 }
 
 inline void store(float* p, F v) {
-  *reinterpret_cast<F*>(p) = v;
+  Memory<F>::store(p, v);
 }
 
 // The first `n` of sixteen, zeros after.
 inline F load(const float* p, int n) {
-  F v = {};
-  std::memcpy(&v, p, n * sizeof(float));
-  return v;
+  float lane[W] = {};
+  std::memcpy(lane, p, n * sizeof(float));
+  return load(lane);
 }
 
-inline float sum(F v) {
-  float lane[W];
+// The upper half of the lanes onto the lower one, and so on, whatever holds them.
+template <class V>
+inline float sum(V v) {
+  constexpr int lanes = sizeof v / sizeof(float);
+  float lane[lanes];
   std::memcpy(lane, &v, sizeof v);
-  for (int half = W / 2; half > 0; half /= 2) {
+  for (int half = lanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   }
   return lane[0];
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline float sum(Part v) {
+  const auto four =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+#endif
+
+template <class V>
+inline float sum(Pair<V> v) {
+  return sum(v.a + v.b);
 }
 
 inline float dot(const float* a, const float* b, int n) {
@@ -151,6 +219,7 @@ float total(const float* x, int64_t n) {
   F part[4] = {};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) part[j] += load(x + i + j * W);
   }
   float rest = 0.0f;
@@ -158,8 +227,8 @@ float total(const float* x, int64_t n) {
   return sum((part[0] + part[1]) + (part[2] + part[3])) + rest;
 }
 
-// In vectors as wide as a register, whatever the rest here is written in: eight sums at a time, which
-// stay in registers everywhere.
+// In vectors as wide as a register, whatever the rest here is written in: eight sums at a time,
+// which stay in registers everywhere.
 float multiply(int rounds, float start) {
 #if defined(__AVX512F__)
   constexpr int wide = 16;
