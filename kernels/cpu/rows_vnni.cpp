@@ -2,9 +2,8 @@
 // fixed point; everything else as with AVX-512.
 //
 // Every lane holds a few neighbours of x as integers of 24 bits beside one power of two, cut into
-// three signed bytes for weights of 8 bits, x = unit * (2^16 h + 2^8 m + l), into a half-word and a
-// byte for those of 4, x = unit * (2^8 h + l). Products are summed exactly, so the only roundings
-// are that of x, to 2^-23 of the largest neighbour, and those of the lanes' sums.
+// three signed bytes: x = unit * (2^16 h + 2^8 m + l). Products of bytes are summed exactly, so the
+// only roundings are that of x, to 2^-23 of the largest neighbour, and those of the lanes' sums.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -16,9 +15,8 @@ namespace {
 constexpr int W = 16;
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
-// A block is 64 bytes of weights. Per row of x it holds the digits of what they meet and sixteen
-// units. 8 bits: h, m, l, 64 bytes each. 4 bits: h of every fourth value from the first, third,
-// second and fourth on; l of the even ones, then of the odd ones.
+// A block is 64 bytes of weights. Per row of x it holds digits h, m, l of what they meet, 64 bytes
+// each (4 bits: of the even ones, then of the odd ones), and sixteen units.
 struct Layout {
   int64_t K, G, columns, blocks, bytes, sums;
 
@@ -33,10 +31,6 @@ struct Layout {
 
 bool known(const Matrix& A) {
   return A.format == Format::affine && (A.bits == 4 || A.bits == 8);
-}
-
-inline __mmask16 first(int64_t count) {
-  return count >= W ? 0xffff : count > 0 ? static_cast<__mmask16>((1u << count) - 1) : 0;
 }
 
 // The powers of two that bring each group of `lanes` neighbours below 2^23 and back.
@@ -78,101 +72,59 @@ inline __m512i dot(__m512i acc, __m512i w, const uint8_t* x) {
   return _mm512_dpbusd_epi32(acc, w, _mm512_load_si512(x));
 }
 
-// 128 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
-struct Nibbles {
-  __m512i even, odd, quarters[4];
-
-  explicit Nibbles(__m512i nibbles) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i upper = _mm512_set1_epi16(static_cast<short>(0xff00));
-    even = _mm512_and_si512(nibbles, nibble);
-    odd = _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), nibble);
-    quarters[0] = _mm512_slli_epi16(even, 8);
-    quarters[1] = _mm512_and_si512(even, upper);
-    quarters[2] = _mm512_slli_epi16(odd, 8);
-    quarters[3] = _mm512_and_si512(odd, upper);
-  }
-};
-
-// Sum over a lane's digits times w, as the integers that they stand for.
-inline __m512 whole(const Nibbles& w, const uint8_t* x) {
-  __m512i a = dot(_mm512_setzero_si512(), w.even, x + 256), b = _mm512_setzero_si512();
-  a = dot(a, w.odd, x + 320);
-  for (int i = 0; i < 2; ++i) { // two chains
-    a = _mm512_dpwssd_epi32(a, w.quarters[i], _mm512_load_si512(x + 64 * i));
-    b = _mm512_dpwssd_epi32(b, w.quarters[2 + i], _mm512_load_si512(x + 128 + 64 * i));
-  }
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(a, b)); // below 15 * 8 * 2^23
+// Sum over a lane's digits times w, as the integers that they stand for. `all` as below.
+inline __m512 whole4(__m512i low, __m512i high, const uint8_t* x) {
+  __m512i a = dot(dot(_mm512_setzero_si512(), low, x), high, x + 64);
+  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 128), high, x + 192);
+  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 256), high, x + 320);
+  return _mm512_cvtepi32_ps(a); // below 15 * 8 * 2^23
 }
 
-inline __m512 whole(__m512i w, const uint8_t* x) {
+inline __m512 whole8(__m512i w, const uint8_t* x) {
   __m512i a = dot(_mm512_setzero_si512(), w, x);
   a = dot(_mm512_slli_epi32(a, 8), w, x + 64);
   const __m512i b = dot(_mm512_setzero_si512(), w, x + 128);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(b));
 }
 
-template <int bits>
-inline auto weights_of(__m512i q) {
-  if constexpr (bits == 4) {
-    return Nibbles(q);
-  } else {
-    return q;
-  }
-}
-
-// One block of one row, zeros after `count`, and its lanes' sums.
-__m512 pack8(const float* x, int64_t count, uint8_t* out) {
-  float* units = reinterpret_cast<float*>(out + 192);
-  const __m512i every = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-  for (int i = 0; i < 4; ++i) {
-    const __m512 v = _mm512_maskz_loadu_ps(first(count - W * i), x + W * i);
+// One block of one row; false where nothing is left of it to sum.
+void pack_block(const float* x, int64_t count, int bits, uint8_t* out, __m512& sum) {
+  const int vectors = bits == 4 ? 8 : 4;
+  alignas(64) uint8_t natural[3][128];
+  float* units = reinterpret_cast<float*>(out + (bits == 4 ? 384 : 192));
+  for (int i = 0; i < vectors; ++i) {
+    const int64_t left = count - W * i;
+    const __mmask16 some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+    const __m512 v = _mm512_maskz_loadu_ps(some, x + W * i);
     __m512 up, down;
-    unit<4>(v, up, down);
-    _mm_store_ps(units + 4 * i, _mm512_castps512_ps128(_mm512_permutexvar_ps(every, down)));
-    digits(v, up, reinterpret_cast<__m128i*>(out) + i, reinterpret_cast<__m128i*>(out + 64) + i,
-           reinterpret_cast<__m128i*>(out + 128) + i);
+    if (bits == 4) {
+      unit<8>(v, up, down);
+      units[2 * i] = _mm512_cvtss_f32(down);
+      units[2 * i + 1] = _mm_cvtss_f32(_mm512_extractf32x4_ps(down, 2));
+    } else {
+      unit<4>(v, up, down);
+      const __m512i every = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+      _mm_store_ps(units + 4 * i, _mm512_castps512_ps128(_mm512_permutexvar_ps(every, down)));
+    }
+    digits(v, up, reinterpret_cast<__m128i*>(natural[0] + W * i),
+           reinterpret_cast<__m128i*>(natural[1] + W * i),
+           reinterpret_cast<__m128i*>(natural[2] + W * i));
   }
-  return _mm512_mul_ps(whole(_mm512_set1_epi8(1), out), _mm512_load_ps(units));
-}
-
-__m512 pack4(const float* x, int64_t count, uint8_t* out) {
-  float* units = reinterpret_cast<float*>(out + 384);
-  alignas(64) int8_t l[128];
-  alignas(64) int16_t h[128];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 v = _mm512_maskz_loadu_ps(first(count - W * i), x + W * i);
-    __m512 up, down;
-    unit<8>(v, up, down);
-    units[2 * i] = _mm512_cvtss_f32(down);
-    units[2 * i + 1] = _mm_cvtss_f32(_mm512_extractf32x4_ps(down, 2));
-    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, up));
-    const __m512i r = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-    _mm_store_si128(reinterpret_cast<__m128i*>(l + W * i), _mm512_cvtepi32_epi8(q));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(h + W * i), _mm512_cvtepi32_epi16(r));
+  const __m512i one = _mm512_set1_epi8(1);
+  for (int d = 0; d < 3; ++d) {
+    const __m512i first = _mm512_load_si512(natural[d]);
+    if (bits == 8) {
+      _mm512_store_si512(out + 64 * d, first);
+      continue;
+    }
+    const __m512i second = _mm512_load_si512(natural[d] + 64);
+    auto* to = reinterpret_cast<__m256i*>(out + 128 * d);
+    _mm256_store_si256(to, _mm512_cvtepi16_epi8(first));
+    _mm256_store_si256(to + 1, _mm512_cvtepi16_epi8(second));
+    _mm256_store_si256(to + 2, _mm512_cvtepi16_epi8(_mm512_srli_epi16(first, 8)));
+    _mm256_store_si256(to + 3, _mm512_cvtepi16_epi8(_mm512_srli_epi16(second, 8)));
   }
-  // Of eight neighbours, the one from `start` on and its fourth next, side by side.
-  __m512i from = _mm512_set_epi16(
-      0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20,
-      16, 12, 8, 4, 0);
-  constexpr int starts[] = {0, 2, 1, 3};
-  for (int start : starts) {
-    const __m512i places = _mm512_add_epi16(from, _mm512_set1_epi16(static_cast<short>(start)));
-    const __m512i a =
-        _mm512_permutex2var_epi16(_mm512_load_si512(h), places, _mm512_load_si512(h + 32));
-    const __m512i b =
-        _mm512_permutex2var_epi16(_mm512_load_si512(h + 64), places, _mm512_load_si512(h + 96));
-    _mm512_store_si512(out, _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1));
-    out += 64;
-  }
-  const __m512i a = _mm512_load_si512(l), b = _mm512_load_si512(l + 64);
-  auto* to = reinterpret_cast<__m256i*>(out);
-  _mm256_store_si256(to, _mm512_cvtepi16_epi8(a));
-  _mm256_store_si256(to + 1, _mm512_cvtepi16_epi8(b));
-  _mm256_store_si256(to + 2, _mm512_cvtepi16_epi8(_mm512_srli_epi16(a, 8)));
-  _mm256_store_si256(to + 3, _mm512_cvtepi16_epi8(_mm512_srli_epi16(b, 8)));
-  const Nibbles ones(_mm512_set1_epi8(17));
-  return _mm512_mul_ps(whole(ones, out - 256), _mm512_load_ps(units));
+  sum = _mm512_mul_ps(bits == 4 ? whole4(one, one, out) : whole8(one, out), _mm512_load_ps(units));
 }
 
 int64_t packed(const Matrix& A, int M) {
@@ -194,9 +146,8 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   const int64_t lanes = A.group * W / L.columns; // of one group; 32 where it takes two blocks
   for (int64_t k = 0; k < L.blocks; ++k) {
     for (int m = 0; m < M; ++m, to += L.bytes) {
-      const float* from = x[m] + k * L.columns;
-      const int64_t left = L.K - k * L.columns;
-      const __m512 sum = A.bits == 4 ? pack4(from, left, to) : pack8(from, left, to);
+      __m512 sum;
+      pack_block(x[m] + k * L.columns, L.K - k * L.columns, A.bits, to, sum);
       alignas(64) float lane[W];
       _mm512_store_ps(lane, sum);
       for (int i = 0; i < W; ++i) {
@@ -205,6 +156,10 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
       }
     }
   }
+}
+
+inline __mmask16 first(int64_t count) {
+  return count >= W ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
 }
 
 // `some` of the scales (or biases) from `index` on, zeros elsewhere.
@@ -262,21 +217,41 @@ inline __attribute__((always_inline)) void tile(
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i group = _mm512_srli_epi32(lane, lanes >= 16 ? 4 : lanes == 8 ? 3 : 2);
   const __mmask16 groups = first(lanes >= 16 ? 1 : W / lanes);
+  const __m512i nibble = _mm512_set1_epi8(15);
   for (int64_t k = 0; k < L.blocks; ++k, x += M * bytes) {
     const int64_t left = row_bytes - k * 64;
     const __mmask16 some = left >= 64 ? 0xffff : static_cast<__mmask16>((1u << left / 4) - 1);
     const int64_t g = k * W / lanes;
     const __mmask16 here = L.G - g >= W ? groups : groups & first(L.G - g);
-    for (int r = 0; r < R; ++r) {
+    auto read = [&](int r, __m512i& low, __m512i& high) {
       const uint8_t* from = weights + r * row_bytes + k * 64;
-      const auto w = weights_of<bits>(_mm512_maskz_loadu_epi32(some, from));
+      low = _mm512_maskz_loadu_epi32(some, from);
       __builtin_prefetch(from + ahead, 0, 2);
-      const __m512 scale =
-          _mm512_permutexvar_ps(group, wide(here, A.scales, A.scale, (n + r) * L.G + g));
+      if (bits == 4) {
+        high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
+        low = _mm512_and_si512(low, nibble);
+      }
+      return _mm512_permutexvar_ps(group, wide(here, A.scales, A.scale, (n + r) * L.G + g));
+    };
+    if constexpr (M == 1) { // one row after another: few registers for many sums
+      const __m512 unit = _mm512_load_ps(x + bytes - 64);
+      for (int r = 0; r < R; ++r) {
+        __m512i low, high;
+        const __m512 scale = _mm512_mul_ps(read(r, low, high), unit);
+        const __m512 sum = bits == 4 ? whole4(low, high, x) : whole8(low, x);
+        total[r][0] = _mm512_fmadd_ps(sum, scale, total[r][0]);
+      }
+    } else {
+      __m512i low[R], high[R];
+      __m512 scale[R];
+      for (int r = 0; r < R; ++r) scale[r] = read(r, low[r], high[r]);
       for (int m = 0; m < M; ++m) {
         const uint8_t* xm = x + m * bytes;
         const __m512 unit = _mm512_load_ps(xm + bytes - 64);
-        total[r][m] = _mm512_fmadd_ps(whole(w, xm), _mm512_mul_ps(scale, unit), total[r][m]);
+        for (int r = 0; r < R; ++r) {
+          const __m512 sum = bits == 4 ? whole4(low[r], high[r], xm) : whole8(low[r], xm);
+          total[r][m] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[r], unit), total[r][m]);
+        }
       }
     }
   }
@@ -339,7 +314,7 @@ void silu(float* x, int64_t count) {
   rows_avx512().silu(x, count);
 }
 
-// Eight independent sums of bytes; as many products make those of weights of 4 bits with x.
+// Eight independent sums of bytes; three products of bytes make one of a weight.
 float peak(int rounds, int start) {
   const __m512i w = _mm512_set1_epi8(static_cast<char>(start)), x = _mm512_set1_epi8(3);
   auto other = [&](int i) { return _mm512_set1_epi32(start + i); }; // alike, they would be one
