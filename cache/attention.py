@@ -142,9 +142,10 @@ def attend_by_kernel(
     if isinstance(mask, mx.array):
         bias = mask.reshape(T, -1)
         bias = mx.where(bias, 0.0, LOWEST) if bias.dtype == mx.bool_ else bias.astype(mx.float32)
+    turn, back = keys.codec.rotation, values.codec.rotation
     y, rest = codes.attend(
         q,
-        keys.codec.rotation.forward(q),
+        q if turn.signs is not None else turn.forward(q),
         k,
         v,
         rows=T,
@@ -153,8 +154,10 @@ def attend_by_kernel(
         causal=isinstance(mask, str),
         bias=bias,
         sinks=None if sinks is None else sinks.astype(mx.float32),
+        key_signs=turn.signs,
+        value_signs=back.signs,
     )
-    return (values.codec.rotation.back(y) + rest).reshape(B, heads, T, -1)
+    return ((y if back.signs is not None else back.back(y)) + rest).reshape(B, heads, T, -1)
 
 
 def as_kernel_side(side: Side, crossing: int) -> codes.CodedSide:

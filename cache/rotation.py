@@ -23,10 +23,10 @@ class Rotation:
     def __init__(self, dimension: int):
         self.dimension = dimension
         random = np.random.default_rng([SEED, dimension])
-        self._signs: mx.array | None = None
+        self.signs: mx.array | None = None  # [D], of a Hadamard transform
         # of 12, 20 and 28 times a power of two MLX's transform is not its own inverse
         if dimension & (dimension - 1) == 0:
-            self._signs = mx.array(random.choice([-1.0, 1.0], dimension), mx.float32)
+            self.signs = mx.array(random.choice([-1.0, 1.0], dimension), mx.float32)
         else:
             q, r = np.linalg.qr(random.standard_normal((dimension, dimension)))
             self._matrix = mx.array(q * np.sign(np.diag(r)), mx.float32)
@@ -40,13 +40,13 @@ class Rotation:
     def forward(self, x: mx.array) -> mx.array:
         """x [..., D] rotated, float32."""
         x = x.astype(mx.float32)
-        if self._signs is None:
+        if self.signs is None:
             return x @ self._matrix
-        return mx.hadamard_transform(x * self._signs)
+        return mx.hadamard_transform(x * self.signs)
 
     def back(self, y: mx.array) -> mx.array:
         """The inverse of `forward`, float32."""
         y = y.astype(mx.float32)
-        if self._signs is None:
+        if self.signs is None:
             return y @ self._matrix.T
-        return mx.hadamard_transform(y) * self._signs
+        return mx.hadamard_transform(y) * self.signs

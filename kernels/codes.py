@@ -52,6 +52,8 @@ def attend(
     causal: bool = False,
     bias: mx.array | None = None,
     sinks: mx.array | None = None,
+    key_signs: mx.array | None = None,
+    value_signs: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Softmax attention over first tokens, codes and recent tokens, in that order.
 
@@ -59,8 +61,10 @@ def attend(
     pass's `rows` being r % rows. The first `coded` tokens of words count; rows from `crossing` on
     read the m ahead as codes. causal: the last row sees all columns S, each before it one less.
     bias [rows, S] is added to scores, sinks [H * groups] are logits without a value. Returns the
-    values' sum in the rotated space and the part that isn't rotated, both [B, H, R, Dv].
-    Raises ValueError where shapes don't fit. Only where `available`.
+    values' sum in the rotated space and the part that isn't rotated, both [B, H, R, Dv]. Signs [D]
+    float32 of a randomised Hadamard rotation: with key_signs q is rotated here and `rotated` isn't
+    read, with value_signs the sum comes rotated back. Raises ValueError where shapes don't fit.
+    Only where `available`.
     """
     native = backend.native()
     assert native is not None
@@ -75,5 +79,7 @@ def attend(
         causal=causal,
         bias=bias,
         sinks=sinks,
+        key_signs=key_signs,
+        value_signs=value_signs,
     )
     return y, rest

@@ -59,6 +59,22 @@ Codebook book_of(const mx::array& points) {
   return book;
 }
 
+// x = hadamard(x) / sqrt(n), n a power of two.
+void hadamard(float* x, int n) {
+  for (int half = 1; half < n; half *= 2) {
+    for (int i = 0; i < n; i += 2 * half) {
+      float *a = x + i, *b = a + half;
+      for (int k = 0; k < half; ++k) {
+        const float sum = a[k] + b[k];
+        b[k] = a[k] - b[k];
+        a[k] = sum;
+      }
+    }
+  }
+  const float by = 1.0f / std::sqrt(static_cast<float>(n));
+  for (int i = 0; i < n; ++i) x[i] *= by;
+}
+
 // Keys or values of all heads.
 class Source {
  public:
@@ -134,7 +150,7 @@ class Source {
 struct Call {
   int B, H, R, T, first, recent, coded, ahead, crossing;
   bool causal;
-  const float *q, *rotated, *bias, *sinks;
+  const float *q, *rotated, *bias, *sinks, *value_signs;
 
   int columns() const {
     return first + coded + recent;
@@ -333,7 +349,7 @@ class CodedSpan {
   float *scores_, *key_scales_, *value_scales_, *room_, *digits_;
 };
 
-// A row from its sums: the part in the rotated space, and the rest.
+// A row from its sums: of the codes, rotated back where signs are given, and the rest.
 void finish(const Call& call, const Source& values, int head, int r, const Sum* sums, float* rotated, float* rest) {
   const AttendSteps& steps = attend_steps();
   const int n = values.n();
@@ -353,8 +369,9 @@ void finish(const Call& call, const Source& values, int head, int r, const Sum* 
   } else {
     std::copy(coded.y, coded.y + n, rotated);
   }
+  if (call.value_signs != nullptr) hadamard(rotated, n);
   for (int c = 0; c < n; ++c) {
-    rotated[c] *= scale;
+    rotated[c] *= call.value_signs != nullptr ? scale * call.value_signs[c] : scale;
     rest[c] = raw.y[c] * raw_scale + mass * mean[c];
   }
 }
@@ -402,6 +419,8 @@ std::vector<mx::array> attend_codes(
     bool causal,
     const std::optional<mx::array>& bias,
     const std::optional<mx::array>& sinks,
+    const std::optional<mx::array>& key_signs,
+    const std::optional<mx::array>& value_signs,
     mx::StreamOrDevice stream) {
   check(q.ndim() == 4 && rotated.shape() == q.shape(), "attend_codes: the queries don't fit each other");
   Call call{};
@@ -431,7 +450,15 @@ std::vector<mx::array> attend_codes(
   }
   if (bias) inputs.push_back(*bias);
   if (sinks) inputs.push_back(*sinks);
-  const bool biased = bias.has_value(), sunk = sinks.has_value();
+  for (const auto& [signs, side] : {std::pair(&key_signs, &keys), {&value_signs, &values}}) {
+    if (!*signs) continue;
+    const int n = side->mean.shape(3);
+    check((*signs)->shape() == mx::Shape{n} && (n & (n - 1)) == 0, "attend_codes: the signs don't fit");
+    check_float({**signs}, "attend_codes: the signs must be float32");
+    inputs.push_back(**signs);
+  }
+  const bool biased = bias.has_value(), sunk = sinks.has_value(), turned = key_signs.has_value(),
+             back = value_signs.has_value();
   check_float({q, rotated}, "attend_codes: the queries must be float32");
   if (bias) check_float({*bias}, "attend_codes: the bias must be float32");
   if (sinks) check_float({*sinks}, "attend_codes: the sinks must be float32");
@@ -440,6 +467,16 @@ std::vector<mx::array> attend_codes(
     call.q = data(in[0]), call.rotated = data(in[1]);
     call.bias = biased ? data(in[18]) : nullptr;
     call.sinks = sunk ? data(in[18 + biased]) : nullptr;
+    call.value_signs = back ? data(in[18 + biased + sunk + turned]) : nullptr;
+    std::vector<float> rotated;
+    if (turned) {
+      const float* signs = data(in[18 + biased + sunk]);
+      const int n = in[0].shape(3);
+      rotated.resize(in[0].size());
+      for (size_t i = 0; i < rotated.size(); ++i) rotated[i] = call.q[i] * signs[i % n];
+      for (size_t i = 0; i < rotated.size(); i += n) hadamard(rotated.data() + i, n);
+      call.rotated = rotated.data();
+    }
     const Source keys(&in[2], call.H, call.coded), values(&in[10], call.H, call.coded);
     const Queries queries(call, keys);
     const int n = values.n();

@@ -23,7 +23,9 @@ struct CodedSide {
 // The first `coded` tokens of words count. From row `crossing` of T on the m tokens ahead are read
 // as codes, and not among the recent. causal: the last row sees all columns, each before it one
 // less. bias [T, S]; sinks [groups * H]. Gives the values' sum in the rotated space and the part
-// that is not rotated, both [B, H, R, Dv].
+// that is not rotated, both [B, H, R, Dv]. Where rotations are randomised Hadamard ones, their signs
+// [D] say so: with key_signs q is rotated here and `rotated` unread, with value_signs the sum is
+// rotated back.
 std::vector<mx::array> attend_codes(
     const mx::array& q,
     const mx::array& rotated,
@@ -35,6 +37,8 @@ std::vector<mx::array> attend_codes(
     bool causal,
     const std::optional<mx::array>& bias,
     const std::optional<mx::array>& sinks,
+    const std::optional<mx::array>& key_signs,
+    const std::optional<mx::array>& value_signs,
     mx::StreamOrDevice stream);
 
 } // namespace streamer

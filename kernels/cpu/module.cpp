@@ -251,13 +251,16 @@ NB_MODULE(native, m) {
          const std::vector<mlx::core::array>& keys, const std::vector<mlx::core::array>& values,
          int rows, int coded, int crossing, bool causal,
          const std::optional<mlx::core::array>& bias,
-         const std::optional<mlx::core::array>& sinks, mlx::core::StreamOrDevice stream) {
+         const std::optional<mlx::core::array>& sinks,
+         const std::optional<mlx::core::array>& key_signs,
+         const std::optional<mlx::core::array>& value_signs, mlx::core::StreamOrDevice stream) {
         auto side = [](const std::vector<mlx::core::array>& a) {
           if (a.size() != 8) throw std::invalid_argument("attend_codes: a side has eight arrays");
           return streamer::CodedSide{a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]};
         };
         return streamer::attend_codes(
-            q, rotated, side(keys), side(values), rows, coded, crossing, causal, bias, sinks, stream);
+            q, rotated, side(keys), side(values), rows, coded, crossing, causal, bias, sinks, key_signs,
+            value_signs, stream);
       },
       "q"_a,
       "rotated"_a,
@@ -270,6 +273,8 @@ NB_MODULE(native, m) {
       "causal"_a = false,
       "bias"_a = nb::none(),
       "sinks"_a = nb::none(),
+      "key_signs"_a = nb::none(),
+      "value_signs"_a = nb::none(),
       "stream"_a = nb::none(),
       "Attention over codes: the values' sum in the rotated space, and the part that isn't rotated.");
 }

@@ -141,7 +141,7 @@ def attend(
     bias: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """As kernels.codes.attend, which says what goes in and comes out; raw tokens of any type.
+    """As kernels.codes.attend without signs, which says what goes in; raw tokens of any type.
 
     Raises ValueError where causal rows would not all be among the recent tokens.
     """
