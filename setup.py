@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("kernels", "cpu")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-FUSED = ("steps", "attend", "codes")  # in the compiler's own vectors, fused where the CPU can
+VECTORS = ("steps", "attend", "codes")  # in the compiler's own vectors
 VNNI = [*AVX512, "-mavx512vnni"]
 X86 = {
     "avx2": AVX2,
@@ -38,9 +38,10 @@ def flags(source: str) -> list[str]:
     if source.endswith("nanobind.cpp"):
         return [*common, "-DNDEBUG", "-w"]
     part, _, isa = Path(source).stem.partition("_")
-    common.append("-ffp-contract=fast" if part in FUSED else "-ffp-contract=off")
-    common.append("-w" if part in ("rows", *FUSED) else "-Wall")
-    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", *FUSED):
+    # elsewhere sources say what is fused (fused.h): compilers differ, and rows would too
+    common.append("-ffp-contract=fast" if part == "steps" else "-ffp-contract=off")
+    common.append("-w" if part in ("rows", *VECTORS) else "-Wall")
+    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", *VECTORS):
         common += X86.get(isa, [])
     return common
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend.h"
+#include "fused.h"
 #include "steps_impl.h"
 
 namespace streamer {
@@ -134,7 +135,7 @@ void score_block(
     for (int r = 0; r < R; ++r) {
       const V y = read(q + int64_t(r) * n + i);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] += x[j] * y;
+      for (int j = 0; j < N; ++j) acc[r][j] = fused(x[j], y, acc[r][j]);
     }
   }
   if (i < n) {
@@ -142,7 +143,7 @@ void score_block(
     for (int r = 0; r < R; ++r) {
       const V y = read(q + int64_t(r) * n + i, n - i);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[r][j] += read(k + j * stride + i, n - i) * y;
+      for (int j = 0; j < N; ++j) acc[r][j] = fused(read(k + j * stride + i, n - i), y, acc[r][j]);
     }
   }
   if (N == 4) {
@@ -265,9 +266,9 @@ void weigh_block(
     for (int i = 0; i < N; ++i) x[i] = held(v + i * lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const float weight = p[r * step + j];
+      const V weight = V{} + p[r * step + j];
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) acc[r][i] += x[i] * weight;
+      for (int i = 0; i < N; ++i) acc[r][i] = fused(x[i], weight, acc[r][i]);
     }
   }
 #pragma GCC unroll 4
@@ -282,7 +283,7 @@ void weigh_rest(
     const float* p, int rows, const float* v, int64_t stride, int count, int n, int left, float* y) {
   for (int r = 0; r < rows; ++r) {
     V acc = read(y + int64_t(r) * n, left);
-    for (int j = 0; j < count; ++j) acc += read(v + j * stride, left) * p[r * step + j];
+    for (int j = 0; j < count; ++j) acc = fused(read(v + j * stride, left), V{} + p[r * step + j], acc);
     std::memcpy(y + int64_t(r) * n, &acc, left * sizeof(float));
   }
 }

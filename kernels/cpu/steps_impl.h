@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "fused.h"
 #include "steps.h"
 
 namespace streamer {
@@ -130,13 +131,13 @@ inline F exponential(F x) {
   // Adding 1.5 * 2^23 rounds to the nearest integer, which stays in the low bits.
   const F rounded = turns + 12582912.0f;
   const F n = rounded - 12582912.0f;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const F r = fused(n, F{} + 2.12194440e-4f, fused(n, F{} - 0.693359375f, x));
+  F p = fused(r, F{} + 1.9875691500e-4f, F{} + 1.3981999507e-3f);
+  p = fused(p, r, F{} + 8.3334519073e-3f);
+  p = fused(p, r, F{} + 4.1665795894e-2f);
+  p = fused(p, r, F{} + 1.6666665459e-1f);
+  p = fused(p, r, F{} + 5.0000001201e-1f);
+  p = fused(p * r, r, r + 1.0f);
   const I power = (__builtin_convertvector(n, I) + 127) << 23;
   F scale;
   std::memcpy(&scale, &power, sizeof scale);
