@@ -7,7 +7,7 @@ The run's routers are replayed on the other pool, which gives its misses (the re
 the runtime's own executor: on the run's pool it counts what the run counted). A step then
 takes what those of the run took that found all of their experts, or, where there were few,
 what such a step was measured to take (`streamer.calibrate`); each layer that misses and each
-expert that is read add what they added to the run's steps, by least squares; where everything
+expert that is read add what they added to the run's steps; where everything
 is in memory, a step takes what that was measured to take. Where the run had no misses of its
 own, a miss waits as long as the disk was measured to need for one expert.
 
@@ -31,6 +31,7 @@ FEW = (0.125, 0.25, 0.5, 0.75, 0.9)  # of a long run, whose replays take seconds
 OWN = "lrfu"  # the runtime's policy
 LONG = 20_000  # calls
 ENOUGH = 4  # steps without misses whose mean can be believed
+ROUNDS = 12  # of reweighting
 GENERATED = ("decode", "verify")
 ASKED = (*GENERATED, "draft")  # a step's drafts ask for experts too
 
@@ -76,8 +77,23 @@ def costs(document: dict[str, Any]) -> Costs:
     found = busy[misses == 0]
     if len(found) >= ENOUGH:
         hit = float(found.mean())
-    late, waited = _two(calls, misses, busy - hit), _two(calls, misses, waits)
+    late, waited = _prices(calls, misses, busy - hit), _prices(calls, misses, waits)
     return Costs(hit, late[0] + waited[0], late[1] + waited[1], resident, tokens)
+
+
+def _prices(calls: np.ndarray, misses: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """What a call and a miss cost, seconds >= 0: how it is shared out by the steps as most of
+    them are, by least absolute deviations, so that a few that something else disturbed do not
+    turn it; how much it is by all of them, since a disk's stalls are its own."""
+    weights = np.ones_like(seconds)
+    least = 0.02 * float(np.abs(seconds).mean()) + 1e-9
+    for _ in range(ROUNDS):
+        scale = np.sqrt(weights)
+        call, miss = _two(scale * calls, scale * misses, scale * seconds)
+        weights = 1 / np.maximum(np.abs(seconds - call * calls - miss * misses), least)
+    told, spent = float((call * calls + miss * misses).sum()), max(0.0, float(seconds.sum()))
+    factor = spent / told if told > 0 else 0.0
+    return call * factor, miss * factor
 
 
 def _two(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -351,5 +351,8 @@ table i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-rig
 footer{border-top:1px solid var(--rule);margin-top:34px;padding-top:10px;font-size:13px;
 color:var(--faint)}
 @media(max-width:820px){.pair{grid-template-columns:minmax(0,1fr)}}
+@media(max-width:640px){main{padding:20px 16px 40px}.tiles dd{font-size:18px;white-space:normal}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))}
+figure{overflow-x:auto}figure svg{width:620px}}
 @media print{section{break-inside:avoid}}
 """

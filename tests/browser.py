@@ -51,6 +51,15 @@ def scheme(driver: Any, name: str) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
+def width(driver: Any, pixels: int) -> None:
+    """Show pages in a window so wide; 0 for the window's own size."""
+    if pixels:
+        size = {"width": pixels, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    else:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def open_page(driver: Any, page: Path) -> list[str]:
     """Show a file; what the console said."""
     driver.get(page.as_uri())

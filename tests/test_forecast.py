@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from streamer import calibrate, plan
 from streamer.calibrate import hit_step, resident_step
 from streamer.engine import Timing, generate
-from streamer.forecast import _two, at_share, costs
+from streamer.forecast import _prices, _two, at_share, costs
 from streamer.loading import load_streamed
 from streamer.profiler import PARTS
 from streamer.run import DEMO
@@ -154,6 +154,20 @@ def test_costs_are_those_that_the_steps_were_made_of() -> None:
     assert few == pytest.approx((1.0, 0.125, 0.25, 0.5, 1.0)), "measured apart: too few such steps"
     none = costs(made([0] * 6, [0.0] * 6, [2.0] * 6))
     assert none.per_miss == 0.3 and none.hit == 1.0
+
+
+@pytest.mark.smoke
+def test_a_disturbed_step_does_not_turn_what_is_what() -> None:
+    """It makes everything dearer, in the same proportion."""
+    draw = np.random.default_rng(1)
+    misses = draw.integers(1, 20, 24)
+    calls = np.minimum(misses, 7 + draw.integers(0, 2, 24))
+    seconds = 0.002 * calls + 0.01 * misses
+    assert _prices(calls, misses, seconds) == pytest.approx((0.002, 0.01), rel=1e-3)
+    seconds[np.argmin(misses)] += 0.3
+    call, miss = _prices(calls, misses, seconds)
+    assert call / miss == pytest.approx(0.2, rel=0.05)
+    assert call * calls.sum() + miss * misses.sum() == pytest.approx(seconds.sum())
 
 
 @pytest.mark.smoke

@@ -171,7 +171,8 @@ def test_text_in_a_file_is_text_alone_while_the_lines_are_shown(tmp_path: Path) 
 def test_drawing_takes_its_share_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a drawing takes, of the time it takes no more than was said."""
     session: Any = SimpleNamespace(streamer=SimpleNamespace(watch=None))
-    view = live.View(session, live.SteadyConsole(file=io.StringIO()), own_text=True)
+    console = live.SteadyConsole(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    view = live.View(session, console, own_text=True)
     drawn = []
 
     def slow() -> str:
@@ -181,6 +182,7 @@ def test_drawing_takes_its_share_at_most(monkeypatch: pytest.MonkeyPatch) -> Non
         drawn.append(time.perf_counter())
         return ""
 
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(live, "PERIOD", 0.001)
     monkeypatch.setattr(view, "_drawn", slow)
     began = time.perf_counter()

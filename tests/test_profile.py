@@ -221,8 +221,17 @@ def test_the_pages_open_in_a_browser(demo: Made, inflated: Made) -> None:
                 browser.scheme(driver, mode)
                 assert driver.execute_script(PAPER) == paper
                 check_shown(driver, made, mode)
+            browser.width(driver, 390)
+            try:  # pictures keep a size that can be read, and scroll; the page does not
+                assert driver.execute_script(SIDEWAYS) == [], "wider than a telephone"
+                check_shown(driver, made, "dark")
+            finally:
+                browser.width(driver, 0)
 
 
+SIDEWAYS = """const wide = document.documentElement.clientWidth;
+return [...document.querySelectorAll('body, main, table, p, dl, h2, figure')].filter(
+  e => e.getBoundingClientRect().right > wide + 1).map(e => e.tagName + ' ' + e.textContent)"""
 PAPER = "return getComputedStyle(document.body).backgroundColor"
 NUMBERS = """return [...document.querySelectorAll('data')].map(
   e => [e.getAttribute('value'), e.dataset.path, e.dataset.form, e.textContent,
