@@ -32,7 +32,7 @@ from .footprint import footprint, format_size
 from .session import Session
 
 PERIOD = 0.125  # seconds between drawings
-SHARE = 0.008  # of the time may go into drawing: it is done less often where it takes long
+SHARE = 0.005  # of the time may go into drawing: it is done less often where it takes long
 WINDOW = 3.0  # seconds that rates are taken over
 BARS = "▁▂▃▄▅▆▇█"
 
