@@ -33,14 +33,14 @@ from typing import Any, TextIO
 
 from streamer.bench import PROMPT
 from streamer.console import Parser, command, number, say
-from streamer.live import SteadyConsole, View
+from streamer.errors import UsageError
 from streamer.machine import machine, versions
 from streamer.owners import Ledger, Sampler
 from streamer.profiler import Profiler
 from streamer.run import DEMO, add_options
 from streamer.session import Session, open_session
 
-WAYS = ("unwatched", "profile", "live")
+UNWATCHED, WAYS = "unwatched", ("profile", "live")
 WARM = 2  # rounds before those that count: the pool, the page cache, compiled samplers
 
 
@@ -48,6 +48,7 @@ def parser() -> Parser:
     p = Parser(prog="watch_cost", description="What watching a run costs, in turns.")
     p.add_argument("--rounds", type=number(6, 10_000, int), default=30)
     p.add_argument("--seconds", type=number(1), help="stop after about so many")
+    p.add_argument("--ways", default="profile,live", help="which of them to compare")
     p.add_argument("--prompt", default=PROMPT)
     add_options(p, max_tokens=64)
     p.set_defaults(chat=False, system=None, stats=None, heat="off")
@@ -58,14 +59,17 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    ways = args.ways.split(",")
+    if unknown := set(ways) - set(WAYS):
+        raise UsageError(f"--ways {min(unknown)!r} is neither profile nor live")
     until = time.monotonic() + (args.seconds or math.inf)
     session = open_session(args, args.prompt, DEMO)
     try:
         with terminal() as tty:
-            rounds = _rounds(session, args, tty, until)
+            rounds = _rounds(session, args, [UNWATCHED, *ways], tty, until)
     finally:
         session.close()
-    rows = [_row(way, rounds) for way in WAYS[1:]]
+    rows = [_row(way, rounds) for way in ways]
     print("| watched by | time over unwatched | range | processor time over unwatched | range |")
     print("|---|---|---|---|---|")
     for row in rows:
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"| {row['way']} | {' | '.join(cells)} |")
     about = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
     about |= {"machine": machine(), "versions": versions(), "rounds": len(rounds)}
-    unwatched = statistics.median(r["unwatched"][0] for r in rounds)
+    unwatched = statistics.median(r[UNWATCHED][0] for r in rounds)
     about |= {"tokens": len(session.tokens), "unwatched_seconds": unwatched}
     print(json.dumps(about | {"rows": rows}))
     return 0
@@ -102,8 +106,10 @@ def terminal() -> Iterator[TextIO]:
 Round = dict[str, tuple[float, float]]  # way: seconds, processor seconds of all threads
 
 
-def _rounds(session: Session, args: argparse.Namespace, tty: TextIO, until: float) -> list[Round]:
-    orders = itertools.cycle(itertools.permutations(WAYS))
+def _rounds(
+    session: Session, args: argparse.Namespace, ways: Sequence[str], tty: TextIO, until: float
+) -> list[Round]:
+    orders = itertools.cycle(itertools.permutations(ways))
     rounds: list[Round] = []
     for i in range(args.rounds + WARM):
         got = {way: timed(session, way, tty) for way in next(orders)}
@@ -121,13 +127,16 @@ def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
     with contextlib.ExitStack() as stack:
         profiler = Profiler(session.model) if way == "profile" else None
         ledger = Ledger(session.model, lambda: session.caches, streamer.opened.files)
-        console = SteadyConsole(file=tty, force_terminal=True, width=120, height=40)
-        view = View(session, console if way == "live" else None, own_text=True)
 
         def write(piece: str) -> None:
             tty.write(piece)
             tty.flush()
 
+        if way == "live":
+            from streamer.live import SteadyConsole, View
+
+            console = SteadyConsole(file=tty, force_terminal=True, width=120, height=40)
+            view = View(session, console, own_text=True)
         began, cpu = time.perf_counter(), time.process_time()
         if way == "profile":
             streamer.watch = profiler
@@ -146,7 +155,7 @@ def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
 def _row(way: str, rounds: Sequence[Round]) -> dict[str, Any]:
     made: dict[str, Any] = {"way": way}
     for i, name in enumerate(("time", "processor_time")):
-        ratios = [r[way][i] / r["unwatched"][i] for r in rounds]
+        ratios = [r[way][i] / r[UNWATCHED][i] for r in rounds]
         made[name] = {"median": statistics.median(ratios), "range": median_range(ratios)}
     return made
 
