@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         cells = [_cells(row[name]) for name in ("time", "processor_time")]
         print(f"| {row['way']} | {' | '.join(cells)} |")
-    about = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
+    about: dict[str, Any] = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
     about |= {"machine": machine(), "versions": versions(), "rounds": len(rounds)}
     unwatched = statistics.median(r[UNWATCHED][0] for r in rounds)
     about |= {"tokens": len(session.tokens), "unwatched_seconds": unwatched}
