@@ -38,8 +38,8 @@ def flags(source: str) -> list[str]:
     if source.endswith("nanobind.cpp"):
         return [*common, "-DNDEBUG", "-w"]
     part, _, isa = Path(source).stem.partition("_")
-    # elsewhere sources say what is fused (fused.h): compilers differ, and rows would too
-    common.append("-ffp-contract=fast" if part == "steps" else "-ffp-contract=off")
+    # sources say what is fused (fused.h): compilers differ, and rows would too
+    common.append("-ffp-contract=off")
     common.append("-w" if part in ("rows", *VECTORS) else "-Wall")
     if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", *VECTORS):
         common += X86.get(isa, [])

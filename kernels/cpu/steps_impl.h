@@ -67,6 +67,25 @@ struct Memory<Pair<V>> {
   }
 };
 
+template <class V>
+inline Pair<V> fused(Pair<V> x, Pair<V> y, Pair<V> z) {
+  return {fused(x.a, y.a, z.a), fused(x.b, y.b, z.b)};
+}
+
+template <class V>
+struct Same { // in all lanes
+  static V of(float x) {
+    return V{} + x;
+  }
+};
+
+template <class V>
+struct Same<Pair<V>> {
+  static Pair<V> of(float x) {
+    return {Same<V>::of(x), Same<V>::of(x)};
+  }
+};
+
 inline F load(const float* p) {
   return Memory<F>::load(p);
 }
@@ -111,14 +130,14 @@ inline float dot(const float* a, const float* b, int n) {
   F even = {}, odd = {};
   int i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    even += load(a + i) * load(b + i);
-    odd += load(a + i + W) * load(b + i + W);
+    even = fused(load(a + i), load(b + i), even);
+    odd = fused(load(a + i + W), load(b + i + W), odd);
   }
   if (i + W <= n) {
-    even += load(a + i) * load(b + i);
+    even = fused(load(a + i), load(b + i), even);
     i += W;
   }
-  if (i < n) odd += load(a + i, n - i) * load(b + i, n - i);
+  if (i < n) odd = fused(load(a + i, n - i), load(b + i, n - i), odd);
   return sum(even + odd);
 }
 
@@ -164,14 +183,15 @@ void delta_rows(const Delta& h, int begin, int end) {
       F held = {};
       for (int i = 0; i < N; ++i) {
         s[i] = h.vector_gate ? s[i] * load(g + i * W) : s[i] * *g;
-        held += s[i] * load(k + i * W);
+        held = fused(s[i], load(k + i * W), held);
       }
       const int64_t at = t * h.v_stride + row;
       const float d = (h.v[at] - sum(held)) * h.beta[t * h.beta_stride];
       F out = {};
+      const F by = Same<F>::of(d);
       for (int i = 0; i < N; ++i) {
-        s[i] += load(k + i * W) * d;
-        out += s[i] * load(q + i * W);
+        s[i] = fused(load(k + i * W), by, s[i]);
+        out = fused(s[i], load(q + i * W), out);
       }
       h.d[at] = d;
       h.y[at] = sum(out);
@@ -247,7 +267,7 @@ float multiply(int rounds, float start) {
 #pragma GCC unroll 4
     for (int turn = 0; turn < 16 / wide; ++turn) {
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) sums[k] = sums[k] * by + by;
+      for (int k = 0; k < 8; ++k) sums[k] = fused(sums[k], by, by);
     }
   }
   float all = 0.0f;
