@@ -28,7 +28,7 @@ from .experts import stored_bytes
 from .routes import Call, Group, Pass, Routes
 
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
-LOOK = 4  # generated steps for each look at what is resident
+LOOK = 8  # generated steps for each look at what is resident
 BATCH = 16  # steps for each time that what was told is put away
 COLUMNS, CALL = 11, 5  # numbers kept of a step; of a call
 SEEN = 1024  # calls counted at once
@@ -166,8 +166,8 @@ class Profiler:
         slots = b"".join([bytes(4 * c[2].size) if c[3] is None else c[3].tobytes() for c in told])
         self._ids.frombytes(np.frombuffer(ids, np.uint32).astype(np.uint16).tobytes())
         self._absent.frombytes((np.frombuffer(slots, np.int32) < 0).tobytes())
-        for within, layer, chosen, _, step in told:
-            self._calls.extend((within, layer, chosen.size, chosen.shape[-1], step))
+        rows = [(within, layer, c.size, c.shape[-1], step) for within, layer, c, _, step in told]
+        self._calls.frombytes(np.array(rows, dtype=np.intc).tobytes())
 
     def _note(self) -> None:
         """Count what was told since the last time; not while a run goes on, which it would slow."""
