@@ -9,6 +9,7 @@ mlx-lm's own code, which is also the reference. Rows give the same bits whatever
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache as memo
 from typing import Any
 
@@ -105,6 +106,10 @@ def delta(
 _told: tuple[mx.array, mx.array, mx.array] | None = None  # q, y and state of a rule that has run
 
 
+# Stands before the first halves of layers while whoever set it may run a layer twice.
+keep_half: Callable[..., mx.array] | None = None
+
+
 def layer(
     self: nn.Module, x: mx.array, mask: mx.array | None = None, cache: Any | None = None
 ) -> mx.array:
@@ -112,7 +117,8 @@ def layer(
     if self.training or not x.size or x.ndim != 3 or not float32(x):
         return MLXLM["layer"](self, x, mask, cache)
     half = delta_half if self.is_linear else attention_half
-    h = half(self, x, mask, cache)
+    keep = keep_half
+    h = half(self, x, mask, cache) if keep is None else keep(half, self, x, mask, cache)
     block, norm = self["mlp"], self["post_attention_layernorm"]
     if type(block) is qwen3_next.Qwen3NextSparseMoeBlock and block.sharding_group is None:
         whole = whole_moe(block, x.size // x.shape[-1], norm) if float32(norm["weight"]) else None

@@ -103,6 +103,8 @@ def _plan(self: nn.Module, cache: Sequence[Any]) -> Plan | None:
     """The model's plan for such caches, made again where anything of the model has changed."""
     if qwen3_5.gated_delta_update is not qwen.gated_delta_update:
         return None  # somebody keeps a tape
+    if qwen.keep_half is not None:
+        return None  # somebody stands before the layers
     number = id(self)
     if number not in _plans:
         _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None)), {}

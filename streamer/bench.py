@@ -35,6 +35,7 @@ from .bench_rows import LLAMA, MEMORY, Configuration, Run, crossed, row, suite, 
 from .bench_worker import Worker, serve
 from .console import Parser, bar, command, number, say
 from .errors import StreamerError, UsageError
+from .ways import EXECUTORS
 
 SHARES = "100,50,25,12"
 PROCESS = 200 << 20  # bytes of an interpreter with MLX, a prompt's cache and workspace
@@ -128,7 +129,7 @@ def _configurations(args: Any, opened: Any) -> list[Configuration]:
         raise UsageError(f"--shares {args.shares!r} is not a list of percentages") from None
     shares = shares or [None]
     drafts = _list("--mtp", args.mtp, "off", DRAFTS)
-    executors = _list("--executor", args.executor, "layerwise", ("layerwise", "rehearse", "auto"))
+    executors = _list("--executor", args.executor, "layerwise", EXECUTORS)
     disks = (args.disk or "none").split(",")
     for name in disks:
         Disk.parse(name)  # raises

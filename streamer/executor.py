@@ -36,6 +36,7 @@ from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
 from .watch import Watch
+from .ways import Pace
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 SCRATCH_BATCH = 16  # experts read ahead at once in prefill
@@ -43,6 +44,30 @@ WAVE_BYTES = 512 << 10  # absent experts are waited for by this much
 MAX_UNREAD = 256  # calls of covered layers whose choices wait to be counted
 MAX_PAIRS = 4096  # pairs computed at once, which bounds prefill's transients
 T = TypeVar("T")
+
+
+@dataclass
+class Asked:
+    """A call whose absent experts are being read.
+
+    ids [..., k]; there: experts at hand; parts: the others, by reading; at: when they were asked
+    for; y: what `there` gave [..., k, D], zeros elsewhere, where that is known.
+    """
+
+    ids: np.ndarray
+    there: set[int]
+    parts: list[tuple[list[int], Reading]]
+    at: float
+    y: mx.array | None = None
+
+    @property
+    def done(self) -> bool:
+        return all(reading.done for _, reading in self.parts)
+
+    @property
+    def need(self) -> set[int]:
+        """All its experts."""
+        return self.there.union(*(experts for experts, _ in self.parts))
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,11 @@ class Executor:
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
         self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
+        # told of a call that waits; if it says so the call takes what is at hand and is made again
+        self.meanwhile: Callable[[Executor, int, Asked], bool] | None = None
+        self.back: Callable[[], None] | None = None  # told when it is
+        self._asked: dict[int, Asked] = {}
+        self.pace = Pace()
         self.known: dict[int, np.ndarray] = {}  # what a layer's next call will choose
         self.fresh: set[tuple[int, int]] = set()  # read ahead, resident, not yet asked for
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
@@ -97,6 +127,10 @@ class Executor:
             y = self._rehearse(layer, inner, x, indices)
             self.note(Note(self, layer, indices, y))
             return y
+        if (asked := self._asked.pop(layer, None)) is not None:
+            if self.back is not None:
+                self.back()
+            return self._finish(layer, inner, x, asked)
         if self.pool.covers(layer):
             return self._covered(layer, inner, x, indices)
         known = self.known.pop(layer, None)
@@ -109,25 +143,61 @@ class Executor:
         placed = self._place(layer, ids)
         if placed is None:
             return self._many(layer, inner, x, ids)
-        there, reading_now = placed
-        coming = []
-        for experts, reading in reading_now:
+        there, parts = placed
+        if not parts:
+            self.passed(layer)
+            return self._track(inner(x, self._slots(layer, ids)))
+        asked = Asked(ids, there, parts, time.perf_counter())
+        if self.meanwhile is not None and self.meanwhile(self, layer, asked):
+            self._asked[layer] = asked
+            table = self.pool.slot_of[layer]
+            slots = [table[e] if e in asked.there else -1 for e in ids.reshape(-1).tolist()]
+            y, exact = _partly(inner, x, mx.array(np.array(slots, np.int32).reshape(ids.shape)))
+            asked.y = y if exact else None
+            return y
+        return self._finish(layer, inner, x, asked)
+
+    def _finish(self, layer: int, inner: nn.Module, x: mx.array, asked: Asked) -> mx.array:
+        """The call's result, once all has come."""
+        waited = not asked.done
+        there, arrived, coming = asked.there, set[int](), []
+        for experts, reading in asked.parts:
             if reading.done:
                 self._wait(reading.wait)
-                there.update(experts)
+                arrived.update(experts)
             else:
                 coming.append((experts, reading))
-        if not there and len(coming) == 1:
+        if not there and not arrived and len(coming) == 1:
             self._wait(coming.pop()[1].wait)
-        if not coming:
-            return self._track(inner(x, self._slots(layer, ids)))
-        groups = Groups(inner, x, ids, self.pool.slot_of[layer])
-        if there:
-            groups.add(there)
+        if not coming and asked.y is None:
+            self._came(asked, waited)
+            return self._track(inner(x, self._slots(layer, asked.ids)))
+        groups = Groups(inner, x, asked.ids, self.pool.slot_of[layer])
+        if asked.y is not None:
+            groups.know(asked.y)
+        else:
+            arrived |= there
+        if arrived:
+            groups.add(arrived)
         for experts, reading in coming:
             self._wait(reading.wait)
             groups.add(set(experts))
+        self._came(asked, waited)
         return self._track(groups.join())
+
+    def _came(self, asked: Asked, waited: bool) -> None:
+        """All of it is there; waited: not before it was waited for."""
+        seconds = time.perf_counter() - asked.at
+        self.pace.saw(self._nbytes(asked.parts), seconds, waited)
+
+    def _nbytes(self, parts: Sequence[tuple[Sequence[int], Reading]]) -> int:
+        return sum(len(experts) for experts, _ in parts) * self._expert_bytes
+
+    def left(self, asked: Asked) -> float:
+        """Seconds until all of it is likely to be there."""
+        if asked.done:
+            return 0.0
+        return self.pace.left(self._nbytes(asked.parts), time.perf_counter() - asked.at)
 
     def fetch(
         self, layer: int, ids: np.ndarray
@@ -145,6 +215,8 @@ class Executor:
             if placed is None:
                 raise StreamerError(f"{ids.size} experts do not fit into {self.pool.slots} slots")
             self._fetched = placed[1]
+            if not placed[1]:
+                self.passed(layer)
             flat = ids.reshape(-1).tolist()
             waiting = [
                 ([i for i, e in enumerate(flat) if e in experts], reading)
@@ -165,6 +237,7 @@ class Executor:
                 reading.wait()
             self._fetched = []
             self.counters.io_wait_seconds += waited
+            self.pace.waits(waited)
             if waited and self.watch is not None:
                 self.watch.waited(waited)
         except BaseException:
@@ -233,13 +306,7 @@ class Executor:
         slots = self._table(layer)[indices]
         if self.pool.covers(layer):
             return inner(x, slots)
-        kernel = projections(inner)
-        y = None if kernel is None else routed.fused(x, slots, kernel)
-        if y is not None:
-            return y  # zeros where a slot is -1
-        y = inner(x, mx.maximum(slots, 0))
-        # not a product with zero: what lies in slot 0 may be no number
-        return mx.where((slots >= 0)[..., None], y, mx.zeros((), dtype=y.dtype))
+        return _partly(inner, x, slots)[0]
 
     def _table(self, layer: int) -> mx.array:
         if layer not in self._tables:
@@ -299,16 +366,32 @@ class Executor:
             self._tables.clear()
             self.ahead.drop()
 
-    def prefetch(self, layer: int, experts: list[int], deadline: int, room: int) -> None:
-        """Read up to `room` absent experts ahead, by `deadline`; 0: they are waited for now."""
+    def prefetch(
+        self,
+        layer: int,
+        experts: list[int],
+        deadline: int,
+        room: int,
+        keep: tuple[int, frozenset[int]] | None = None,
+    ) -> None:
+        """Read up to `room` absent experts ahead, by `deadline`; 0: they are waited for now.
+
+        keep: (layer, experts) that must not be evicted.
+        """
         self._settle()
-        new = [e for e in experts[:room] if not self.ahead.reads(layer, e)]
+        new = [e for e in experts if not self.ahead.reads(layer, e)][: max(0, room)]
         for wave in self._waves(new):
-            slots = self.pool.take(len(wave))
+            slots = self.pool.take(len(wave), keep)
             reading = self.load(layer, wave, slots, guess=deadline or None)
             self.ahead.add(layer, wave, slots, reading)
         self._tables.clear()
         self.counters.prefetched += len(new)
+        self.counters.bytes_guessed += len(new) * self._expert_bytes if deadline else 0
+
+    def allow(self, nbytes: int) -> None:
+        """So many bytes of guesses may be under way."""
+        if self._store.guess_bytes != nbytes:
+            self._store.guess_bytes = nbytes
 
     def load(
         self, layer: int, experts: Sequence[int], slots: Sequence[int], guess: float | None = None
@@ -335,6 +418,7 @@ class Executor:
         self._readings.clear()
         self._fetched = []
         self.known.clear()
+        self._asked.clear()
         self.fresh.clear()
         self._unsettled.clear()
         self._unread.clear()
@@ -385,6 +469,7 @@ class Executor:
         self, layer: int, hits: list[int], misses: list[int]
     ) -> list[tuple[list[int], Reading]]:
         """Start reading absent experts into slots that are theirs at once."""
+        self.counters.waits += 1
         self._tables.clear()
         parts = self.ahead.arriving(layer, misses)
         early = [e for experts, _ in parts for e in experts]
@@ -515,3 +600,14 @@ class Executor:
             self.pool.chose(layer, ids)
             self.pool.touch(layer, experts)
         self._unread.clear()
+
+
+def _partly(inner: nn.Module, x: mx.array, slots: mx.array) -> tuple[mx.array, bool]:
+    """y [..., k, D] with zeros where slots [..., k] are -1, and whether our kernel made it."""
+    kernel = projections(inner)
+    y = None if kernel is None else routed.fused(x, slots, kernel)
+    if y is not None:
+        return y, True
+    y = inner(x, mx.maximum(slots, 0))
+    # not a product with zero: what lies in slot 0 may be no number
+    return mx.where((slots >= 0)[..., None], y, mx.zeros((), dtype=y.dtype)), False

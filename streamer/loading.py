@@ -41,13 +41,15 @@ from .heat import Heat
 from .held import widen_embeddings
 from .hub import resolve
 from .kv import FULL, KVBits, read_bits
+from .layers import decoder_layers
 from .opened import Opened, open_model
 from .pager import Pager
 from .probe import choose_backend
-from .rehearse import Choice, Rehearsal, decoder_layers
+from .rehearse import Rehearsal
 from .store import Backend, Store
 from .trunk import load_trunk
 from .watch import Watch
+from .ways import Choice
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 

@@ -1,13 +1,19 @@
-"""Rehearse the next layers with what is resident, fetch what they named, go on where it was wrong.
+"""Run the layers that come next with what is resident, to learn what they will need.
 
-A rehearsal runs `span` decoder layers with the slot tables on the device and absent experts
-weighing zero, and reads their routers back at once. Up to the first layer that chose an
-absent expert it is the true pass. That layer's reads are queued as demands, those that the
-layers behind it named as guesses, nearest first; then it is run again, truly, while its
-reads come, and the next `span` layers are rehearsed behind it. Layers that were right hand
-out what they gave. With a span of all layers (`rehearse`) a pass without misses is read back
-once; with a short one (`lookahead`) a guess rests on a state that is nearly true, and what is
-computed twice is computed while the disk is busy. Source: DESIGN section 4.
+A rehearsed layer has its slot table on the device and absent experts weighing zero, and is
+read back with others or while the disk is busy anyway. Two ways of a pass use it:
+
+`lookahead` goes layer by layer. Where a layer has to wait for reads, the layers behind it are
+rehearsed, one by one for as long as it waits, and what they name is queued as guesses, nearest
+first. Then the layer is run again, with all that has come; the half of it that comes before
+its experts is kept where it can be. Layers rehearsed once are not rehearsed again in a pass.
+
+`rehearse` runs all layers at once with one read-back. Up to the first layer that chose an
+absent expert it is the true pass; that layer is run again, truly, while its reads and those
+of the layers behind it come, and these are rehearsed anew. A pass without misses is read
+back once.
+
+`auto` chooses, see `streamer.ways`. Source: DESIGN section 4.
 
 Limits: a pass over few rows only; the decoder layers must be one list of modules, called
 once each, with what happens between them depending on their outputs alone.
@@ -17,74 +23,24 @@ once each, with what happens between them depending on their outputs alone.
 
 from __future__ import annotations
 
-import functools
-import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kernels import qwen
 from mtp.rollback import forget, leaves
 
 from .counters import Counters
-from .executor import Executor, Note
+from .executor import Asked, Executor, Note
+from .layers import Saved, attach, hand_out, save_all, stand_aside, stand_before
+from .ways import Choice, Effort, Seen, Way, Ways
 
-Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
-EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "lookahead", "rehearse")
-LOOKAHEAD = 2  # layers
-Saved = list[tuple[Any, int | None, dict[str, Any]]]  # thing, its place if no cache, what it held
-
-TRIAL, RETRIAL = 4, 3  # passes of a first trial; of a later one
-NEAR = 1.3  # ways within this of the best are tried twice
-PROBING = 0.003  # share of time that trials of one other way may cost
-WINDOW = 24  # passes whose median is a way's cost
-
-
-class Costs:
-    """Median seconds from one pass to the next, of each way to run it; for `auto`.
-
-    All ways are tried at first, those that are far behind only once; later one other way at a
-    time, the more rarely the slower it was.
-    """
-
-    def __init__(self, ways: int) -> None:
-        self._seconds: list[deque[float]] = [deque(maxlen=WINDOW) for _ in range(ways)]
-        self._plan: deque[int] = deque(way for way in range(ways) for _ in range(TRIAL))
-        self._rounds = 1
-        self._debt = [0.0] * ways  # of the time since its last trial, what a trial may cost
-
-    def choose(self) -> int:
-        """The way of the next pass."""
-        if not self._plan and self._rounds:
-            self._rounds -= 1
-            least = min(map(self._median, range(len(self._seconds))))
-            near = [w for w in range(len(self._seconds)) if self._median(w) < NEAR * least]
-            self._plan.extend(way for way in near for _ in range(TRIAL) if len(near) > 1)
-        if not self._plan:
-            best = min(range(len(self._seconds)), key=self._median)
-            for way in range(len(self._seconds)):
-                self._debt[way] += PROBING * self._median(best)
-                lost = RETRIAL * max(
-                    0.05 * self._median(best), self._median(way) - self._median(best)
-                )
-                if way != best and self._debt[way] > lost:
-                    self._debt[way] = 0.0
-                    self._plan.extend([way] * RETRIAL)
-                    break
-            else:
-                return best
-        return self._plan.popleft()
-
-    def record(self, way: int, seconds: float) -> None:
-        self._seconds[way].append(seconds)
-
-    def _median(self, way: int) -> float:
-        return statistics.median(self._seconds[way] or [0.0])
+Half = Callable[[Any, mx.array, Any, Any], mx.array]  # layer, x, mask, cache
 
 
 class Rehearsal:
@@ -101,52 +57,59 @@ class Rehearsal:
         """layers: the decoder layers; runs: all executors of the model's experts."""
         self._runs, self._top_k, self._choice = list(runs), top_k, choice
         self._counters: Counters = runs[0].counters
-        self._costs: dict[int, Costs] = {}  # by rows
-        self._spans = {  # layers rehearsed at once; 0: none
-            "layerwise": (0,),
-            "lookahead": (min(LOOKAHEAD, len(layers)),),
-            "rehearse": (len(layers),),
-            "auto": (0, *(n for n in (1, 2, 4) if n < len(layers)), len(layers)),
-        }[choice]
-        self._last: tuple[int, int, float] | None = None  # rows, way, when it began
-        self._notes: list[tuple[int, Note]] = []  # decoder layer, what its switch chose
+        self._ways: dict[int, Ways] = {}  # of auto, by rows
+        self._efforts: dict[int, Effort] = {}  # by rows
+        for run in runs:
+            run.pace = runs[0].pace  # one disk
+        self._last: tuple[int, Way, float, float, int] | None = None  # how the last pass began
         self._count = len(layers)
+        self._running = False
+        self._start()
+        self._layers = list(layers)
+        attach(model, layers, self)
+
+    def _start(self) -> None:
+        """As before a pass."""
+        self._notes: list[tuple[int, Note]] = []  # decoder layer, what its switch chose
         self._outputs: list[Any] = [None] * self._count
         self._after: list[Saved] = [[]] * self._count
+        self._rehearsed: list[tuple[Saved, Any]] = [([], None)] * self._count
         self._known: set[int] = set()  # ids of the caches of this pass
+        self._before: Saved = []
         self._at = -1
         self._first = 0  # layers before it are done
-        self._truly = False  # this one is run with all that it chose
-        self._stop = 0  # and this one not at all
-        self._running = False
-        for index, layer in enumerate(layers):
-            layer.__dict__["_rehearsal"] = self, index
-            kind: type[nn.Module] = type(layer)
-            layer.__class__ = _part(kind)
-        model.__dict__["_rehearsal"] = self
-        model.__class__ = _whole(type(model))
+        self._notes_from = 0  # and from this one on they are rehearsed
+        self._stop = 0  # and this one not run at all
+        # Of a lookahead: which layer and call waits; layers before `frontier` were rehearsed
+        self._waiting: tuple[int, Executor, int, Asked] | None = None
+        self._frontier = 0
+        self._half: tuple[int, Any, Saved] | None = None  # layer, its first half, cache after it
+        self._effort: Effort | None = None
+        self._rows = 0
+        self._looked = 0.0  # when the last layer was rehearsed
 
     def whole(self, forward: Callable[[], Any], tokens: mx.array, cache: Any) -> Any:
         """The model's call. Raises StreamerError when a read fails."""
-        now = time.perf_counter()
-        if self._last is not None:
-            rows, way, began = self._last
-            self._costs[rows].record(way, now - began)
-            self._last = None
+        self._ended()
         rows = tokens.size
         if cache is None or self._running or not self._takes(rows):
             return forward()
-        span = self._spans[-1]
-        if self._choice == "auto":
-            costs = self._costs.setdefault(rows, Costs(len(self._spans)))
-            way = costs.choose()
-            self._last, span = (rows, way, now), self._spans[way]
-        if not span:
+        way = self._way(rows)
+        effort = self._efforts.setdefault(rows, Effort())
+        idle = way == "lookahead" and not effort.worth(self._runs[0].pace.long())
+        if way == "layerwise" or idle:
             return forward()
         self._running = True
+        qwen.keep_half = self._keep_half
+        stand_before(self._layers)
         missed = self._counters.misses
+        caches = list(leaves(cache))
+        self._known = {id(c) for c in (*cache, *caches)}
+        self._before = save_all((c, None) for c in caches)
         try:
-            return self._pass(forward, rows, span, list(leaves(cache)), cache)
+            if way == "lookahead":
+                return self._lookahead(forward, rows)
+            return self._pass(forward, rows)
         except BaseException:
             for run in self._runs:
                 run.abandon()
@@ -154,79 +117,160 @@ class Rehearsal:
         finally:
             self._running = False
             self._counters.rehearsed_misses += self._counters.misses - missed
-            self._notes = []
-            self._outputs, self._after = [None] * self._count, [[]] * self._count
+            self._start()
+            qwen.keep_half = None
+            stand_aside(self._layers)
             for run in self._runs:
-                run.note = None
+                run.note = run.meanwhile = run.back = None
                 run.known.clear()
                 run.release()
 
     def _takes(self, rows: int) -> bool:
         return all(run.takes(rows * self._top_k) for run in self._runs)
 
+    def _way(self, rows: int) -> Way:
+        if self._choice != "auto":
+            return self._choice
+        way = self._ways.setdefault(rows, Ways()).choose()
+        c = self._counters
+        self._last = rows, way, time.perf_counter(), c.io_wait_seconds, c.waits
+        return way
+
+    def _ended(self) -> None:
+        """The pass before, and what came after it, took until now."""
+        if self._last is None:
+            return
+        rows, way, began, waited, waits = self._last
+        self._last = None
+        seconds, c = time.perf_counter() - began, self._counters
+        self._ways[rows].record(way, Seen(seconds, c.io_wait_seconds - waited, c.waits - waits))
+
     def part(self, index: int, call: Callable[[], Any], arguments: Sequence[Any]) -> Any:
         """A decoder layer's call."""
         if not self._running:
             return call()
-        if index == self._stop:
+        if index == self._stop or (self._waiting and self._look()):
             raise _Enough
         if index < self._first:
-            for thing, place, state in self._after[index]:
-                restore(thing, state)
-                if place is not None and arguments[place] is not thing:  # another in every pass
-                    restore(arguments[place], state)
-            return self._outputs[index]
-        caches = [c for a in arguments if id(a) in self._known for c in leaves([a])]
-        for one in caches:
-            forget(one)
-        truly = index < self._first + self._truly
+            return hand_out(self._after[index], self._outputs[index], arguments)
+        if self._waiting and index < self._frontier:
+            return hand_out(*self._rehearsed[index], arguments)
+        if self._half is None or self._half[0] != index:
+            for one in leaves(a for a in arguments if id(a) in self._known):
+                forget(one)
+        truly = index < self._notes_from
         for run in self._runs:
             run.note = None if truly else self._take
         self._at = index
         y = call()
-        self._outputs[index] = y
-        # what else a layer is given it may change too (kimi_k3's residual blocks, deepseek_v41's
-        # dictionary of what layers share)
-        numbered = enumerate(arguments)
-        others = [(a, i) for i, a in numbered if id(a) not in self._known and _holds(a)]
-        things = [*((c, None) for c in caches), *others]
-        self._after[index] = [(thing, place, save(thing)) for thing, place in things]
+        after = save_all((a, i) for i, a in enumerate(arguments) if id(a) not in self._known)
+        known = (a for a in arguments if id(a) in self._known)
+        after += save_all((c, None) for c in leaves(known))
+        if truly or not self._waiting:
+            self._outputs[index], self._after[index] = y, after
+            return y
+        self._rehearsed[index], self._frontier = (after, y), index + 1
+        if index + 1 == self._count:
+            self._look()
+            raise _Enough
         return y
 
     def _take(self, note: Note) -> None:
         self._notes.append((self._at, note))
 
-    def _pass(
-        self, forward: Callable[[], Any], rows: int, span: int, caches: list[Any], cache: Any
-    ) -> Any:
-        self._known = {id(c) for c in (*cache, *caches)}
-        before = [(c, save(c)) for c in caches]
-        self._first, self._truly = 0, False
+    # Layer by layer
+
+    def _lookahead(self, forward: Callable[[], Any], rows: int) -> Any:
+        self._effort, self._rows = self._efforts[rows], rows
+        self._stop = self._count
+        self._runs[0].allow(self._runs[0].pace.allowance())
+        for run in self._runs:
+            run.meanwhile, run.back = self._meanwhile, self._came_back
+        while True:
+            self._notes_from, self._notes, self._waiting = self._count, [], None
+            try:
+                return forward()
+            except _Enough:
+                assert self._waiting is not None
+            hand_out(self._before, None, ())
+            self._first = self._waiting[0]
+
+    def _meanwhile(self, run: Executor, layer: int, asked: Asked) -> bool:
+        """Whether to rehearse the layers after this one, which waits."""
+        assert self._effort is not None
+        self._frontier = max(self._frontier, self._at + 1)
+        if self._frontier == self._count or not self._effort.pays(run.left(asked)):
+            return False
+        self._waiting, self._notes_from = (self._at, run, layer, asked), self._at + 1
+        self._looked = time.perf_counter()
+        return True
+
+    def _look(self) -> bool:
+        """Fetch what the layer just rehearsed named; whether to stop."""
+        assert self._waiting is not None and self._effort is not None
+        _, run, layer, asked = self._waiting
+        if not self._notes:
+            return False
+        notes, self._notes = self._notes, []
+        mx.eval([note.indices for _, note in notes])
+        self._counters.syncs += 1
+        self._counters.rehearsals += 1
+        for at, note in notes:
+            hits, absent = note.run.named(note)
+            note.run.pool.expect(note.layer, hits)
+            need, keep = asked.need if note.run is run else set[int](), None
+            if need:
+                keep = layer, frozenset(need)
+            # the layer's own experts must fit besides
+            spare = note.run.pool.slots - note.run.ahead.held - len(need)
+            note.run.prefetch(note.layer, absent, at, spare - len(hits) - len(absent), keep)
+        now = time.perf_counter()
+        if (watch := run.watch) is not None:
+            watch.step("rehearse", self._rows, now - self._looked)
+        self._effort.looked(now - self._looked)
+        self._looked = now
+        return not self._effort.goes_on(run.left(asked))
+
+    def _came_back(self) -> None:
+        """The layer that waited is run again, up to its experts."""
+        assert self._effort is not None
+        self._effort.resumed(time.perf_counter() - self._looked)
+
+    def _keep_half(self, half: Half, layer: Any, x: mx.array, mask: Any, cache: Any) -> mx.array:
+        """`half(layer, x, mask, cache)`, kept for when the layer is run again."""
+        index = layer.__dict__["_hooks"][1]
+        if self._effort is None or index >= self._notes_from:
+            return half(layer, x, mask, cache)
+        if self._half is None or self._half[0] != index:
+            y = half(layer, x, mask, cache)
+            self._half = index, y, save_all([(cache, None)])
+            return y
+        _, y, after = self._half
+        return hand_out(after, y, ())  # type: ignore[no-any-return]
+
+    # All layers at once
+
+    def _pass(self, forward: Callable[[], Any], rows: int) -> Any:
+        truly = False
         while True:
             began = time.perf_counter()
-            self._stop = self._first + self._truly + span
-            self._notes = []
-            y, ended = None, True
-            try:
-                y = forward()
-            except _Enough:
-                ended = False
-            first = self._settle(began, rows, ended)
-            if ended and first == self._count:
+            self._notes_from = self._first + truly
+            self._stop, self._notes = self._count, []
+            y = forward()
+            first = self._settle(began, rows)
+            if first == self._count:
                 return y
             del y
-            for one, state in before:
-                restore(one, state)
-            self._first = first
+            hand_out(self._before, None, ())
+            self._first, truly = first, True
 
-    def _settle(self, began: float, rows: int, ended: bool) -> int:
+    def _settle(self, began: float, rows: int) -> int:
         """Read back what was rehearsed, keep what was right and fetch what was not.
 
         Returns the first layer that is not yet done.
         """
         for run in self._runs:
             run.note = None
-        last = self._count if ended else self._stop
         if self._notes:
             mx.eval([note.indices for _, note in self._notes])
             self._counters.syncs += 1
@@ -234,14 +278,13 @@ class Rehearsal:
             if (watch := self._runs[0].watch) is not None:
                 watch.step("rehearse", rows, time.perf_counter() - began)
         named = [(at, note, note.run.named(note)) for at, note in self._notes]
-        first = min((at for at, _, (_, absent) in named if len(absent)), default=last)
+        first = min((at for at, _, (_, absent) in named if len(absent)), default=self._count)
         for at, note, (hits, _) in named:
             if at < first:
                 note.run.settled(note, hits)
                 note.run.passed(note.layer)
-        self._counters.exact_layers += first - self._first - self._truly
-        self._truly = first < last
-        if self._truly:
+        self._counters.exact_layers += first - self._notes_from
+        if first < self._count:
             for at, note, (_, absent) in named:
                 if at == first:
                     note.run.known[note.layer] = np.array(note.indices)
@@ -268,84 +311,3 @@ class Rehearsal:
 
 class _Enough(Exception):
     """As many layers as were asked for have run."""
-
-
-def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[Any] | None:
-    """The list of modules that these switches (paths in `model`) lie in, or None."""
-    owners: set[tuple[str, ...]] = set()
-    for path in paths:
-        parts = path.split(".")
-        end = next((i for i, p in enumerate(parts) if p.isdigit()), 0)
-        owners.add(tuple(parts[:end]))
-    if len(owners) != 1:
-        return None
-    found: Any = model
-    for name in owners.pop():
-        found = getattr(found, name)
-    if not isinstance(found, list) or not all(isinstance(layer, nn.Module) for layer in found):
-        return None
-    return found if len({id(layer) for layer in found}) == len(found) else None
-
-
-def save(thing: Any) -> dict[str, Any]:
-    """What a cache holds now: references, since its arrays change past what is held only."""
-    state: dict[str, Any] = {}
-    for name, value in _attributes(thing).items():
-        if isinstance(value, list):
-            state[name] = list(value)
-        elif _holds(value):
-            state[name] = _Inner(value, save(value))
-        elif not callable(value):
-            state[name] = value
-    return state
-
-
-def _attributes(thing: Any) -> dict[str, Any]:
-    return thing if type(thing) is dict else vars(thing)
-
-
-def _holds(value: Any) -> bool:
-    """An object with attributes of its own, or a dictionary; not a function, array or module."""
-    if type(value) is dict:  # a module is one, too
-        return True
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, mx.array)
-
-
-def restore(thing: Any, state: dict[str, Any]) -> None:
-    """As when `state` was saved; a state may be restored more than once."""
-    for name, value in state.items():
-        if isinstance(value, _Inner):
-            restore(value.thing, value.state)
-            value = value.thing
-        _attributes(thing)[name] = list(value) if isinstance(value, list) else value
-
-
-@dataclass(frozen=True)
-class _Inner:
-    thing: Any
-    state: dict[str, Any]
-
-
-# the classes keep their module: `mtp.rollback` looks functions up there
-
-
-@functools.cache
-def _part(kind: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(kind.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        rehearsal, index = self.__dict__["_rehearsal"]
-        arguments = (*args, *kwargs.values())
-        return rehearsal.part(index, lambda: kind.__call__(self, *args, **kwargs), arguments)
-
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
-
-
-@functools.cache
-def _whole(kind: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(kind.__call__)
-    def call(self: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("cache", args[0] if args else None)
-        rehearsal = self.__dict__["_rehearsal"]
-        return rehearsal.whole(lambda: kind.__call__(self, inputs, *args, **kwargs), inputs, cache)
-
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

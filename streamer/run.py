@@ -86,8 +86,9 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
         "--executor",
         choices=("auto", "layerwise", "lookahead", "rehearse"),
         default="layerwise",
-        help="stop at every layer for its experts, or run two layers, or all, with what is "
-        "resident, to learn what to read (auto: whichever is measured faster)",
+        help="stop at every layer for its experts; while it waits, run those behind it with what "
+        "is resident, to learn what to read (lookahead); run all with what is resident first "
+        "(rehearse); auto: what is measured to be faster",
     )
     p.add_argument(
         "--disk",

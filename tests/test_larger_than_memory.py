@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from streamer.bench import main as bench
 from streamer.memory_cgroup import drop_page_cache, memory_cgroup, why_not
 from streamer.run import DEMO
+from streamer.ways import EXECUTORS
 from tools.inflate import main as inflate
 
 pytestmark = [
@@ -63,3 +65,26 @@ def test_a_third_of_the_model_is_enough(large: Path, tmp_path: Path) -> None:
     with memory_cgroup(limit) as group:
         plain = group.run([sys.executable, *command, "--max-tokens", TOKENS], timeout=300)
     assert plain.returncode != 0 and group.killed == 1
+
+
+def test_every_executor_reads_what_it_misses(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a cgroup each, past the page cache: the kernel's count of reads beside ours."""
+    path, limit = tmp_path / "demo", 180 << 20
+    assert inflate([str(DEMO), str(path), "--expert-bytes", "1400KB"]) == 0
+    assert size(path) > 2 * limit
+    command = ["--model", str(path), "--limit", str(limit), "--executor", ",".join(EXECUTORS)]
+    capfd.readouterr()
+    assert bench([*command, "--tokens", "24", "--rounds", "1", "--no-memory-row"]) == 0
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [row["executor"] for row in told["rows"]] == list(EXECUTORS)
+    for row in told["rows"]:
+        assert "failed" not in row, row
+        assert row["same_tokens"] and row["peak_bytes"] <= limit
+        wanted = row["bytes_per_token"] * 23
+        assert row["kernel_bytes"] >= wanted > 0, row
+        # prompts read experts too, and guesses some that nothing asks for
+        assert row["kernel_bytes"] < 4 * wanted + told["bytes_per_expert"] * told["experts"]
+    for file in path.glob("*.safetensors"):
+        file.unlink()

@@ -15,12 +15,20 @@ from test_mtp_decode import NO_ROLLBACK, drafting, tokens_of
 from cache.make import make_cache
 from streamer.errors import StreamerError
 from streamer.loading import expert_count, load_streamed
-from streamer.rehearse import Costs
 from streamer.run import DEMO
 from streamer.store import Store
+from streamer.ways import Effort
 
 TOKENS = np.random.default_rng(7).integers(0, 250, 200)
 ROWS = [30, 1, 1, 3, 1, 1, 5, 1, 2, 1, 1, 1, 40, 1, 1]
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wait is rehearsed in, to the last layer, however short it is."""
+    monkeypatch.setattr(Effort, "pays", lambda *_: True)
+    monkeypatch.setattr(Effort, "goes_on", lambda *_: True)
+    monkeypatch.setattr(Effort, "worth", lambda *_: True)
 
 
 def passes(model: Any, cache: Any = None) -> list[mx.array]:
@@ -66,7 +74,7 @@ def test_every_family_keeps_its_bits(family: str, tmp_path: Path) -> None:
 def test_drafts_are_taken_back_after_a_resumed_pass(family: str, tmp_path: Path) -> None:
     path = make_tiny(family, tmp_path)
     expected, _, _ = tokens_of(load_streamed(path))
-    model = load_streamed(path, slots=expert_count(path) // 2, executor="lookahead")
+    model = load_streamed(path, slots=expert_count(path) // 3, executor="lookahead")
     got, _, _ = tokens_of(model, speculation=drafting(model, expected))
     assert got == expected
     assert model.streamer.counters.rehearsals > 0
@@ -124,16 +132,3 @@ def test_a_failed_read_leaves_a_usable_model(
         with pytest.raises(StreamerError, match="disk is gone"):
             passes(model)
     assert same(expected, passes(model))
-
-
-@pytest.mark.parametrize("best", [0, 1, 2])
-def test_auto_settles_on_the_fastest_way(best: int) -> None:
-    costs, chosen = Costs(3), []
-    for _ in range(1000):
-        chosen.append(costs.choose())
-        costs.record(chosen[-1], 1.0 if chosen[-1] == best else 1.2 + chosen[-1])
-    assert chosen[100:].count(best) >= 0.97 * len(chosen[100:])
-    for _ in range(6000):  # what was slow becomes fast
-        chosen.append(costs.choose())
-        costs.record(chosen[-1], 0.5 if chosen[-1] == (best + 1) % 3 else 1.0)
-    assert chosen[-100:].count((best + 1) % 3) >= 90

@@ -1,0 +1,191 @@
+"""What waiting and rehearsing cost here, measured as it runs, and which way a pass is run.
+
+    pace.saw(nbytes, seconds, waited)      # a read that a layer asked for
+    pace.allowance()                       # bytes of guesses that may be under way
+    effort.looked(s); effort.resumed(s)    # a layer rehearsed; going back to the one that waits
+    effort.worth(pace.long())              # whether a pass may have waits long enough
+    effort.pays(pace.left(nbytes, since))  # whether to rehearse while it waits
+    way = ways.choose(); ways.record(way, Seen(seconds, waited, layers))
+
+Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer;
+another way is tried for a few passes when what its trial can lose is a small share of the time
+gone by, and only where the numbers leave it something to gain.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
+EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "lookahead", "rehearse")
+Way = Literal["layerwise", "lookahead", "rehearse"]
+
+GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
+DELAY = 0.7e-3  # seconds that they may hold up a demand
+FADING = 0.1  # weight of the newest sample
+FIRST = 12  # passes before any trial
+TRIAL = 3  # passes of a trial; the first of them is not counted
+WINDOW = 16  # passes whose median is a way's cost
+PROBING = 0.002  # share of time that trials may lose
+LEAST = 0.1  # what a trial is thought to lose of its time, at least
+MARGIN = 1.01  # by which another way must be faster to be changed to
+AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
+FORGOTTEN = 0.8  # and by how much
+WORTH_WAITING = 0.05  # share of a pass that it waits, below which looking ahead gains nothing
+RARE = 0.5  # layers of a pass that miss, above which rehearsing all of it does not pay
+
+
+class Mean:
+    """A mean that forgets."""
+
+    def __init__(self, start: float = 0.0):
+        self.value, self.count = start, 0
+
+    def add(self, sample: float) -> None:
+        self.count += 1
+        self.value += (sample - self.value) * max(FADING, 1 / self.count)
+
+
+class Pace:
+    """How long reads take that a layer waits for."""
+
+    def __init__(self) -> None:
+        self._waits = Mean()
+        self._each = Mean()  # seconds a byte, the latency at this depth of the queue included
+
+    def saw(self, nbytes: int, seconds: float, waited: bool) -> None:
+        """They came within `seconds`; waited: not sooner."""
+        if waited:
+            self._waits.add(seconds)
+        each = seconds / max(1, nbytes)
+        if waited or each < self._each.value:
+            self._each.add(each)
+
+    def long(self) -> float:
+        """Seconds of a long wait: twice the average of layers that missed."""
+        return 2 * self._waits.value
+
+    def waits(self, seconds: float) -> None:
+        """A layer that missed computed what was at hand and then waited that long."""
+        self._waits.add(seconds)
+
+    def left(self, nbytes: int, since: float) -> float:
+        """Seconds that `nbytes` asked for `since` seconds ago still take; 0 while unknown."""
+        return max(0.0, nbytes * self._each.value - since)
+
+    def allowance(self) -> int:
+        """Bytes of guesses that may be under way: a demand that comes then waits for them."""
+        each = self._each.value
+        return GUESSES if not each else min(GUESSES, max(GUESSES // 4, int(DELAY / each)))
+
+
+class Effort:
+    """What it costs to rehearse the layers behind one that waits."""
+
+    def __init__(self) -> None:
+        self._layer, self._return = Mean(), Mean()
+        self._idle = 0  # passes since it could pay
+
+    def looked(self, seconds: float) -> None:
+        """A layer was rehearsed and read back."""
+        self._layer.add(seconds)
+
+    def resumed(self, seconds: float) -> None:
+        """From the end of the rehearsal back to where the layer waited."""
+        self._return.add(seconds)
+
+    def worth(self, longest: float) -> bool:
+        """Whether to look out for waits in a pass, where none is `longest` seconds or longer.
+
+        Costs of long ago are forgotten little by little, so that it is tried again.
+        """
+        self._idle = 0 if self.pays(longest) else self._idle + 1
+        if self._idle >= AGAIN:
+            self._idle = 0
+            self._layer.value *= FORGOTTEN
+            self._return.value *= FORGOTTEN
+        return not self._idle
+
+    def pays(self, left: float) -> bool:
+        """Whether a layer is rehearsed in the time that is `left`, and the way back gone."""
+        return left > self._layer.value + self._return.value
+
+    def goes_on(self, left: float) -> bool:
+        """Whether to rehearse one more, back at the waiting layer no more than half too late."""
+        return left > self._layer.value / 2 + self._return.value
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A pass: seconds in all, seconds waited for reads, layers that missed."""
+
+    seconds: float
+    waited: float = 0.0
+    missing: float = 0.0
+
+
+class Ways:
+    """Chooses the way of the next pass by what passes took."""
+
+    def __init__(self, ways: tuple[Way, ...] = ("layerwise", "lookahead", "rehearse")):
+        self._ways = ways
+        self._seconds: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
+        self._waited, self._missing = Mean(), Mean()
+        self._best: Way = ways[0]
+        self._trial: Way | None = None
+        self._left = 0  # passes of the trial
+        self._last: Way | None = None
+        self._passes = 0
+        self._time = 0.0
+        self._tried: dict[Way, float] = dict.fromkeys(ways, 0.0)  # when
+
+    def choose(self) -> Way:
+        """The way of the next pass."""
+        if self._left == 0:
+            self._decide()
+        if self._left and self._trial is not None:
+            return self._trial
+        return self._best
+
+    def record(self, way: Way, seen: Seen) -> None:
+        """A pass was run that way."""
+        self._passes += 1
+        self._time += seen.seconds
+        if way == self._last:  # the first after a change finds the pool and caches of the other
+            self._seconds[way].append(seen.seconds)
+        self._last = way
+        self._missing.add(seen.missing)
+        if way == "layerwise":
+            self._waited.add(seen.waited / max(1e-9, seen.seconds))
+        if self._left and way == self._trial:
+            self._left -= 1
+            self._tried[way] = self._time
+
+    def _decide(self) -> None:
+        known = {w: statistics.median(s) for w, s in self._seconds.items() if len(s) > 1}
+        if self._best not in known:
+            return
+        least = min(known, key=lambda w: known[w])
+        if known[self._best] > MARGIN * known[least]:
+            self._best = least
+        if self._passes < FIRST:
+            return
+        for way in self._ways:
+            if way == self._best or not self._hopeful(way):
+                continue
+            slower = known[way] / known[self._best] - 1 if way in known else 0.0
+            lost = TRIAL * known[self._best] * max(LEAST, slower)
+            if way not in known or PROBING * (self._time - self._tried[way]) > lost:
+                self._trial, self._left = way, TRIAL
+                return
+
+    def _hopeful(self, way: Way) -> bool:
+        """Whether there is anything to gain."""
+        if way == "lookahead":
+            return self._waited.value > WORTH_WAITING
+        if way == "rehearse":
+            return self._missing.value < RARE
+        return True

@@ -1,0 +1,115 @@
+"""The cost model on invented costs."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from streamer.ways import DELAY, FIRST, GUESSES, Effort, Pace, Seen, Way, Ways
+
+pytestmark = pytest.mark.smoke
+WAYS: tuple[Way, ...] = ("layerwise", "lookahead", "rehearse")
+
+
+def run(ways: Ways, passes: int, cost: Callable[[Way], Seen]) -> list[Way]:
+    chosen = []
+    for _ in range(passes):
+        way = ways.choose()
+        ways.record(way, cost(way))
+        chosen.append(way)
+    return chosen
+
+
+def lost(chosen: list[Way], seconds: dict[Way, float]) -> float:
+    """Over the best way from the start."""
+    return sum(seconds[way] for way in chosen) / (min(seconds.values()) * len(chosen)) - 1
+
+
+@pytest.mark.parametrize("best", WAYS)
+def test_it_finds_the_fastest_way_and_trials_cost_little(best: Way) -> None:
+    seconds = dict.fromkeys(WAYS, 1.2) | {best: 1.0}
+    chosen = run(Ways(), 600, lambda way: Seen(seconds[way], 0.3, 0.2))
+    assert chosen[0] == "layerwise"
+    assert chosen[200:].count(best) >= 0.97 * 400
+    assert lost(chosen[200:], seconds) < 0.01
+    assert lost(chosen, seconds) < (0.01 if best == "layerwise" else 0.05)
+
+
+def test_nothing_is_tried_where_nothing_can_be_gained() -> None:
+    slow = {"lookahead": 1.2}
+    ways = Ways()
+    run(ways, 100, lambda way: Seen(slow.get(way, 1.0), waited=0.01, missing=6))
+    chosen = run(ways, 500, lambda way: Seen(slow.get(way, 1.0), waited=0.01, missing=6))
+    assert set(chosen) == {"layerwise"}
+    assert "rehearse" not in run(Ways(), 500, lambda _: Seen(1.0, waited=0.4, missing=6))
+
+
+def test_what_becomes_faster_is_found_and_what_becomes_slower_left() -> None:
+    ways = Ways()
+    run(ways, 300, lambda way: Seen(1.0 if way == "layerwise" else 1.3, 0.3, 6))
+    chosen = run(ways, 2500, lambda way: Seen(1.0 if way == "lookahead" else 1.3, 0.3, 6))
+    assert chosen[-100:].count("lookahead") >= 95
+    chosen = run(ways, 2500, lambda way: Seen(1.0 if way == "layerwise" else 1.3, 0.3, 6))
+    assert chosen[-100:].count("layerwise") >= 95
+
+
+def test_equal_ways_are_not_alternated() -> None:
+    chosen = run(Ways(), 600, lambda _: Seen(1.0, 0.3, 6))
+    assert sum(a != b for a, b in pairwise(chosen)) < 12
+
+
+def test_a_short_reply_is_not_spent_on_trials() -> None:
+    chosen = run(Ways(), FIRST, lambda _: Seen(1.0, 0.3, 0.1))
+    assert set(chosen) == {"layerwise"}
+
+
+def test_reads_are_expected_to_take_what_they_took() -> None:
+    pace = Pace()
+    assert pace.left(1000, 0.0) == 0.0  # nothing is known
+    for _ in range(50):
+        pace.saw(1000, 2.0, waited=True)
+    assert pace.left(1000, 0.0) == pytest.approx(2.0)
+    assert pace.left(3000, 1.0) == pytest.approx(5.0)
+    assert pace.left(1000, 9.0) == 0.0
+    for _ in range(50):
+        pace.saw(1000, 7.0, waited=False)  # it was looked for late: that says nothing
+    assert pace.left(1000, 0.0) == pytest.approx(2.0)
+    for _ in range(100):
+        pace.saw(1000, 1.0, waited=False)  # it came sooner than expected
+    assert pace.left(1000, 0.0) == pytest.approx(1.0, rel=0.01)
+
+
+def test_guesses_under_way_hold_up_a_demand_no_longer_than_said() -> None:
+    pace = Pace()
+    assert pace.allowance() == GUESSES
+    for bandwidth, expected in ((5e9, GUESSES), (1e9, DELAY * 1e9), (0.1e9, GUESSES // 4)):
+        pace = Pace()
+        pace.saw(1 << 20, (1 << 20) / bandwidth, waited=True)
+        assert pace.allowance() == pytest.approx(expected, rel=0.01)
+
+
+def test_where_no_wait_is_long_enough_nothing_is_done_but_once_in_a_while() -> None:
+    effort, pace = Effort(), Pace()
+    for _ in range(20):
+        effort.looked(1.0)
+        effort.resumed(0.5)
+        pace.saw(10, 0.5, waited=True)
+    assert pace.long() == pytest.approx(1.0)
+    assert effort.worth(1.6)
+    done = []
+    for _ in range(900):
+        done.append(effort.worth(pace.long()))
+        if done[-1]:  # it still costs what it did
+            effort.looked(1.0)
+            effort.resumed(0.5)
+    assert 1 <= done.count(True) < 30 and not any(done[:99])
+
+
+def test_rehearsing_pays_only_in_time_that_is_there() -> None:
+    effort = Effort()
+    assert effort.pays(0.1) and not effort.pays(0.0)  # to be tried while nothing is known
+    for _ in range(20):
+        effort.looked(1.0)
+        effort.resumed(0.5)
+    assert effort.pays(1.6) and not effort.pays(1.4)
+    assert effort.goes_on(1.1) and not effort.goes_on(0.9)
