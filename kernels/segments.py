@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from mlx_lm.models.cache import ArraysCache, KVCache
@@ -45,6 +46,15 @@ class Pager(Protocol):
 
     def arrived(self, waited: float) -> None:
         """What was fetched has been used; seconds waited for it. Raises where a read failed."""
+
+    def idle(self) -> bool:
+        """Whether to rehearse what follows while that which was fetched is still being read."""
+
+    def guess(self, ids: mx.array) -> mx.array:
+        """Rehearsed ids: their slots, int32, -1 where one is absent; its read may be begun."""
+
+    def goes_on(self) -> bool:
+        """Whether to rehearse one more."""
 
 
 def text_model(
@@ -307,6 +317,12 @@ class Row:
         out, waited = self._op.now(inputs, *states, arrivals)
         return self._taken(out, states, inputs[0].shape[1], cache), waited
 
+    def peek(self, inputs: list[mx.array], cache: Sequence[Any]) -> list[mx.array]:
+        """What the op gives before the states, evaluated; the caches hold what they held."""
+        states = self._states(inputs[0].shape, cache)
+        out, _ = self._op.now(inputs, *states, ())
+        return out[: len(out) - len(states[0])]  # type: ignore[no-any-return]
+
     def _states(
         self, shape: Sequence[int], cache: Sequence[Any]
     ) -> tuple[list[mx.array], int, list[bool]]:
@@ -357,7 +373,8 @@ class Pages:
         inputs: list[mx.array] = [x]
         arrivals: Arrivals = ()
         before: Pager | None = None
-        for row in self._rows:
+        rehearsed: tuple[int, list[mx.array]] = (0, [])
+        for at, row in enumerate(self._rows, 1):
             out, waited = row.now(inputs, cache, arrivals)
             if before is not None:
                 before.arrived(waited)
@@ -366,7 +383,35 @@ class Pages:
                 stream, normed, ids, scores, opening = out
                 slots, arrivals = before.fetch(ids)
                 inputs = [stream, normed, slots, scores, opening]
+                if arrivals and max(at, rehearsed[0]) + 1 < len(self._rows) and before.idle():
+                    if rehearsed[0] <= at:
+                        rehearsed = at, _without(inputs, arrivals)
+                    rehearsed = self._rehearse(before, *rehearsed, cache)
         return out[0]
+
+    def _rehearse(
+        self, waiting: Pager, at: int, inputs: list[mx.array], cache: Sequence[Any]
+    ) -> tuple[int, list[mx.array]]:
+        """Run segments from `at` on with the experts at hand, for as long as `waiting` does.
+
+        Returns the first that was not run, and what it would take.
+        """
+        while at + 1 < len(self._rows):
+            row = self._rows[at]
+            stream, normed, ids, scores, opening = row.peek(inputs, cache)
+            assert row.pager is not None
+            inputs, at = [stream, normed, row.pager.guess(ids), scores, opening], at + 1
+            if not waiting.goes_on():
+                break
+        return at, inputs
+
+
+def _without(inputs: list[mx.array], arrivals: Arrivals) -> list[mx.array]:
+    """What a segment takes, without the experts that are still being read."""
+    slots = np.array(inputs[2])
+    for pairs, _ in arrivals:
+        slots.reshape(-1)[list(pairs)] = -1
+    return [*inputs[:2], mx.array(slots), *inputs[3:]]
 
 
 def _make_room(cache: KVCache, batch: int, rows: int, heads: int, width: int) -> None:

@@ -36,7 +36,7 @@ from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
 from .watch import Watch
-from .ways import Pace
+from .ways import Effort, Pace
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 SCRATCH_BATCH = 16  # experts read ahead at once in prefill
@@ -96,7 +96,12 @@ class Executor:
         self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self._readings: list[Reading] = []
-        self._fetched: list[tuple[list[int], Reading]] = []  # by a call that is computed elsewhere
+        # Of a call that is computed elsewhere: its layer, experts and reads, and when it was made
+        self._fetched: list[tuple[list[int], Reading]] = []
+        self._fetched_for: tuple[int, frozenset[int]] = (0, frozenset())
+        self._fetched_at = self._looked = 0.0
+        self.fetching = False  # such calls are made
+        self.effort: Effort | None = None  # where such calls look ahead
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self.ahead = ReadAhead(self.pool)
         self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
@@ -214,7 +219,9 @@ class Executor:
             placed = self._place(layer, ids)
             if placed is None:
                 raise StreamerError(f"{ids.size} experts do not fit into {self.pool.slots} slots")
-            self._fetched = placed[1]
+            self._fetched, self.fetching = placed[1], True
+            self._fetched_for = layer, frozenset(ids.reshape(-1).tolist())
+            self._fetched_at = self._looked = time.perf_counter()
             if not placed[1]:
                 self.passed(layer)
             flat = ids.reshape(-1).tolist()
@@ -235,11 +242,50 @@ class Executor:
         try:
             for _, reading in self._fetched:
                 reading.wait()
+            if self._fetched:
+                seconds = self._looked - self._fetched_at + waited
+                self.pace.saw(self._nbytes(self._fetched), seconds, waited > 0)
             self._fetched = []
             self.counters.io_wait_seconds += waited
-            self.pace.waits(waited)
             if waited and self.watch is not None:
                 self.watch.waited(waited)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def idle(self) -> bool:
+        """Whether a layer can be rehearsed while what was fetched is read."""
+        return self.effort is not None and self.effort.pays(self._left())
+
+    def goes_on(self) -> bool:
+        """A layer was rehearsed; whether there is time for one more."""
+        assert self.effort is not None
+        now = time.perf_counter()
+        if self.watch is not None:
+            self.watch.step("rehearse", 1, now - self._looked)
+        self.effort.looked(now - self._looked)
+        self._looked = now
+        return self.effort.goes_on(self._left())
+
+    def _left(self) -> float:
+        if all(reading.done for _, reading in self._fetched):
+            return 0.0
+        since = time.perf_counter() - self._fetched_at
+        return self.pace.left(self._nbytes(self._fetched), since)
+
+    def guess(self, layer: int, ids: np.ndarray) -> np.ndarray:
+        """Slots of experts [..., k] that a rehearsed layer chose, -1 where one is absent.
+
+        These are read ahead, if what is fetched and what else was named leaves room.
+        """
+        try:
+            table, need = self.pool.slot_of[layer], sorted(set(ids.reshape(-1).tolist()))
+            hits, absent = [e for e in need if table[e] >= 0], [e for e in need if table[e] < 0]
+            self.counters.rehearsals += 1
+            self.pool.expect(layer, hits)
+            room = self.pool.slots - self.ahead.held - len(self._fetched_for[1]) - len(need)
+            self.prefetch(layer, absent, layer + 1, room, self._fetched_for)
+            return table[ids]
         except BaseException:
             self.abandon()
             raise

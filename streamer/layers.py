@@ -36,7 +36,8 @@ def attach(model: nn.Module, layers: Sequence[Any], hooks: Hooks) -> None:
 def stand_before(layers: Sequence[Any]) -> None:
     """The layers' calls are the hooks', until `stand_aside`."""
     for layer in layers:
-        layer.__class__ = _part(type(layer))
+        kind: type[nn.Module] = type(layer)
+        layer.__class__ = _part(kind)
 
 
 def stand_aside(layers: Sequence[Any]) -> None:

@@ -30,6 +30,18 @@ class Pager:
         slots, waiting = self._run.fetch(self._layer, np.array(ids))
         return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
 
+    def idle(self) -> bool:
+        """Whether to rehearse what follows while that which was fetched is still being read."""
+        return self._run.idle()
+
+    def guess(self, ids: mx.array) -> mx.array:
+        """Slots, int32, of rehearsed experts [..., k], -1 where one is absent, which is read."""
+        return mx.array(self._run.guess(self._layer, np.array(ids)))
+
+    def goes_on(self) -> bool:
+        """Whether to rehearse one more."""
+        return self._run.goes_on()
+
     def arrived(self, waited: float) -> None:
         """What was fetched has been used, after `waited` seconds of reads. Raises StreamerError."""
         self._run.landed(waited)

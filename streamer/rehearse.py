@@ -63,7 +63,7 @@ class Rehearsal:
             run.pace = runs[0].pace  # one disk
         self._last: tuple[int, Way, float, float, int] | None = None  # how the last pass began
         self._count = len(layers)
-        self._running = False
+        self._running = self._passed = False
         self._start()
         self._layers = list(layers)
         attach(model, layers, self)
@@ -96,9 +96,10 @@ class Rehearsal:
             return forward()
         way = self._way(rows)
         effort = self._efforts.setdefault(rows, Effort())
-        idle = way == "lookahead" and not effort.worth(self._runs[0].pace.long())
-        if way == "layerwise" or idle:
+        if way == "layerwise" or (way == "lookahead" and not self._looks_out(rows, effort)):
             return forward()
+        if way == "lookahead" and rows == 1 and self._runs[0].fetching:
+            return self._in_segments(forward)
         self._running = True
         qwen.keep_half = self._keep_half
         stand_before(self._layers)
@@ -135,6 +136,11 @@ class Rehearsal:
         c = self._counters
         self._last = rows, way, time.perf_counter(), c.io_wait_seconds, c.waits
         return way
+
+    def _looks_out(self, rows: int, effort: Effort) -> bool:
+        """Whether a pass may have waits long enough to rehearse in."""
+        first, self._passed = not self._passed, True  # the first tells how such passes are run
+        return not first and effort.worth(self._runs[0].pace.long())
 
     def _ended(self) -> None:
         """The pass before, and what came after it, took until now."""
@@ -179,6 +185,20 @@ class Rehearsal:
         self._notes.append((self._at, note))
 
     # Layer by layer
+
+    def _in_segments(self, forward: Callable[[], Any]) -> Any:
+        """As `_lookahead`, where `kernels.segments` runs the layers: it rehearses, too."""
+        missed = self._counters.misses
+        self._runs[0].allow(self._runs[0].pace.allowance())
+        try:
+            for run in self._runs:
+                run.effort = self._efforts[1]
+            return forward()
+        finally:
+            self._counters.rehearsed_misses += self._counters.misses - missed
+            for run in self._runs:
+                run.effort = None
+                run.release()
 
     def _lookahead(self, forward: Callable[[], Any], rows: int) -> Any:
         self._effort, self._rows = self._efforts[rows], rows

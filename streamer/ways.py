@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
-EXECUTORS: tuple[Choice, ...] = ("auto", "layerwise", "lookahead", "rehearse")
+EXECUTORS: tuple[Choice, ...] = ("layerwise", "lookahead", "rehearse", "auto")
 Way = Literal["layerwise", "lookahead", "rehearse"]
 
 GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
@@ -67,10 +67,6 @@ class Pace:
     def long(self) -> float:
         """Seconds of a long wait: twice the average of layers that missed."""
         return 2 * self._waits.value
-
-    def waits(self, seconds: float) -> None:
-        """A layer that missed computed what was at hand and then waited that long."""
-        self._waits.add(seconds)
 
     def left(self, nbytes: int, since: float) -> float:
         """Seconds that `nbytes` asked for `since` seconds ago still take; 0 while unknown."""
