@@ -139,7 +139,8 @@ class Rehearsal:
 
     def _looks_out(self, rows: int, effort: Effort) -> bool:
         """Whether a pass may have waits long enough to rehearse in."""
-        first, self._passed = not self._passed, True  # the first tells how such passes are run
+        first = rows == 1 and not self._passed  # it tells how such passes are run
+        self._passed = self._passed or first
         return not first and effort.worth(self._runs[0].pace.long())
 
     def _ended(self) -> None:
