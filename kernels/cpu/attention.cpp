@@ -77,7 +77,7 @@ const AttendSteps& attend_steps() {
 }
 
 void attend(const Attend& call) {
-  const Part all{
+  const ContextPart all{
       (call.S + span - 1) / span, call.Dv,
       [&call](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
         run_span(call, head, first, rows, index, y, tops, totals);

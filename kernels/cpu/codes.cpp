@@ -176,7 +176,7 @@ struct Call {
   }
 };
 
-// Rows over one span of the raw tokens, as Part::run.
+// Rows over one span of the raw tokens, as ContextPart::run.
 void run_raw(
     const Call& call, const Source& keys, const Source& values, int head, int first, int rows, int index,
     float* y, float* tops, float* totals) {
@@ -234,7 +234,7 @@ struct Queries {
   }
 };
 
-// Rows over one span of the coded tokens, as Part::run.
+// Rows over one span of the coded tokens, as ContextPart::run.
 class CodedSpan {
  public:
   CodedSpan(
@@ -480,12 +480,12 @@ std::vector<mx::array> attend_codes(
     const Source keys(&in[2], call.H, call.coded), values(&in[10], call.H, call.coded);
     const Queries queries(call, keys);
     const int n = values.n();
-    const Part raw{
+    const ContextPart raw{
         (call.raw() + span - 1) / span, n,
         [&](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
           run_raw(call, keys, values, head, first, rows, index, y, tops, totals);
         }};
-    const Part codes{
+    const ContextPart codes{
         (call.coded + call.ahead + span - 1) / span, values.wide(),
         [&](int head, int first, int rows, int index, float* y, float* tops, float* totals) {
           CodedSpan(call, queries, keys, values, head, first, rows, index * span).run(y, tops, totals);

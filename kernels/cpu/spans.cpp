@@ -11,14 +11,14 @@ constexpr int most_rows = 128; // of a head that are taken through the context i
 constexpr int few_rows = 32; // that go through all of it together where there are more
 
 using Done = std::function<void(int, int, const Sum*)>;
-using Parts = std::vector<Part>;
+using Parts = std::vector<ContextPart>;
 
-int groups_of(const Part& part) {
+int groups_of(const ContextPart& part) {
   return (part.spans + group - 1) / group;
 }
 
 // Some rows of a head over one group of a part, in `sums`.
-void run_group(const Part& part, int head, int first, int rows, int index, Sum* sums) {
+void run_group(const ContextPart& part, int head, int first, int rows, int index, Sum* sums) {
   const int64_t n = part.n;
   float *y = workspace(1, rows * (n + 2)), *tops = y + rows * n, *totals = tops + rows;
   for (int i = index * group; i < std::min(part.spans, (index + 1) * group); ++i) {
@@ -33,9 +33,9 @@ class Apart {
  public:
   Apart(int heads, int R, const Parts& parts) : R_(R), parts_(parts) {
     int groups = 0;
-    for (const Part& part : parts) groups += groups_of(part);
+    for (const ContextPart& part : parts) groups += groups_of(part);
     whole_ = heads * groups >= 8 * threads();
-    for (const Part& part : parts) {
+    for (const ContextPart& part : parts) {
       const int pieces = whole_ ? groups_of(part) : part.spans;
       begins_.push_back({pieces_, floats_});
       pieces_ += pieces;
@@ -53,7 +53,7 @@ class Apart {
   void run(int head, int piece, int first, int rows) {
     size_t p = parts_.size() - 1;
     while (piece < begins_[p].piece) --p;
-    const Part& part = parts_[p];
+    const ContextPart& part = parts_[p];
     const int index = piece - begins_[p].piece;
     float* y = sum_of(head, p, index, first);
     const int64_t at = (int64_t(head) * pieces_ + piece) * R_ + first;
@@ -69,7 +69,7 @@ class Apart {
 
   void merge(int head, int r, const Done& row_done) const {
     int64_t n = 0;
-    for (const Part& part : parts_) n += 2 * part.n;
+    for (const ContextPart& part : parts_) n += 2 * part.n;
     float* room = workspace(1, n);
     std::vector<Sum> sums;
     for (size_t p = 0; p < parts_.size(); ++p) {
@@ -126,7 +126,7 @@ void run_apart(int heads, int R, int64_t work, const Parts& parts, const Done& r
 void run_through(int heads, int R, int64_t work, const Parts& parts, const Done& row_done) {
   const int of_rows = (R + few_rows - 1) / few_rows;
   int64_t n = 0, widest = 0;
-  for (const Part& part : parts) {
+  for (const ContextPart& part : parts) {
     n += part.n;
     widest = std::max<int64_t>(widest, part.n);
   }
@@ -135,7 +135,7 @@ void run_through(int heads, int R, int64_t work, const Parts& parts, const Done&
     std::vector<float> room(rows * (n + widest));
     float *y = room.data(), *of_group = y + rows * n;
     std::vector<Sum> sums; // [part, row]
-    for (const Part& part : parts) {
+    for (const ContextPart& part : parts) {
       const size_t begin = sums.size();
       for (int r = 0; r < rows; ++r, y += part.n) sums.emplace_back(y, part.n);
       for (int i = 0; i < groups_of(part); ++i) {

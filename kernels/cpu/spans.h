@@ -35,7 +35,7 @@ struct Sum {
 };
 
 // A part of the context whose values are summed by themselves.
-struct Part {
+struct ContextPart {
   int spans, n; // n: floats of a row's sum
   // Rows [first, first + rows) of a head over one span: its sums y [rows, n], tops and totals [rows],
   // total 0 where a row sees nothing.
@@ -48,7 +48,7 @@ void run_parts(
     int heads,
     int R,
     int64_t work,
-    const std::vector<Part>& parts,
+    const std::vector<ContextPart>& parts,
     const std::function<void(int head, int r, const Sum* sums)>& row_done);
 
 } // namespace streamer
