@@ -7,8 +7,8 @@
     effort.pays(pace.left(nbytes, since))  # whether to rehearse while it waits
     way = ways.choose(); ways.record(way, Seen(seconds, waited, layers))
 
-Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer;
-another way is tried for a few passes when what its trial can lose is a small share of the time
+Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin as lookahead,
+which goes layer by layer until reads are seen to take longer than rehearsing a layer; another way is tried for a few passes when what its trial can lose is a small share of the time
 gone by, and only where the numbers leave it something to gain.
 """
 
@@ -126,7 +126,7 @@ class Seen:
 class Ways:
     """Chooses the way of the next pass by what passes took."""
 
-    def __init__(self, ways: tuple[Way, ...] = ("layerwise", "lookahead", "rehearse")):
+    def __init__(self, ways: tuple[Way, ...] = ("lookahead", "layerwise", "rehearse")):
         self._ways = ways
         self._seconds: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
         self._waited, self._missing = Mean(), Mean()
