@@ -8,8 +8,9 @@
     way = ways.choose(); ways.record(way, Seen(seconds, waited, layers))
 
 Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin as lookahead,
-which goes layer by layer until reads are seen to take longer than rehearsing a layer; another way is tried for a few passes when what its trial can lose is a small share of the time
-gone by, and only where the numbers leave it something to gain.
+which goes layer by layer until reads are seen to take longer than rehearsing a layer; another
+way is tried for a few passes when what its trial can lose is a small share of the time gone
+by, and only where the numbers leave it something to gain.
 """
 
 from __future__ import annotations
