@@ -54,7 +54,8 @@ class Made:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("demo"), "--memory", "50%")
+    # Long enough for samples of memory, which are held to a share of the time.
+    return Made(tmp_path_factory.mktemp("demo"), "--memory", "50%", "--max-tokens", "160")
 
 
 @pytest.fixture(scope="module")
