@@ -49,8 +49,9 @@ class Machine:
 
 
 # Where the numbers are from:
-# - memory bandwidth: Apple's figures, 100 (M2), 120 (M4) and 614 GB/s (M5 Max with 40 GPU cores,
-#   checked against Apple's pages in Andyyyy64/whichllm #92; press reports of 3 March 2026);
+# - memory bandwidth: 614 GB/s of an M5 Max with 40 GPU cores (checked against Apple's pages in
+#   Andyyyy64/whichllm #92; press reports of 3 March 2026), 100 of an M2 (a third party's report);
+#   120 of an M4 is an assumption: no source was found;
 # - SSD: 1.5 GB/s of an M2 Mac mini with 256 GB, as reported by carloslfu/slotstream #22 and #5.
 #   Reads of an expert's size on an M5 Max gave 11.0 GB/s by one thread and 14.1 by nine
 #   (antirez/ds4 #491), Apple says up to 14.5, a review of the 4 TB one measured 13.6: 12.5 lies
