@@ -77,7 +77,7 @@ def test_the_budget_is_not_there_for_the_page_cache(large, monkeypatch):
     assert "cannot cache" in choice.reason
     choice = choose_backend(large, MB, budget=100 * MB)
     assert choice.backend == "direct"
-    assert " 0.0 GB to spare" in choice.reason
+    assert " 0 B to spare" in choice.reason
 
 
 def test_tight_memory_holds_no_byte_twice(large, monkeypatch):
@@ -249,7 +249,7 @@ def test_command(large, monkeypatch, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("pread ")
     assert len(out) >= 4
-    assert "cannot cache 0.1 GB" in out[-1]
+    assert "cannot cache 80.0 MB" in out[-1]
     assert probe.main([folder + "/absent"]) == 2
     err = capsys.readouterr().err
     assert "absent" in err
