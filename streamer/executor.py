@@ -96,10 +96,8 @@ class Executor:
         self._tables: dict[int, mx.array] = {}  # of covered layers: expert -> slot
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self._readings: list[Reading] = []
-        # Of a call that is computed elsewhere: its layer, experts and reads, and when it was made
-        self._fetched: list[tuple[list[int], Reading]] = []
-        self._fetched_for: tuple[int, frozenset[int]] = (0, frozenset())
-        self._fetched_at = self._looked = 0.0
+        self._elsewhere: tuple[int, Asked] | None = None  # a layer's call, computed by others
+        self._looked = 0.0  # when the last layer was rehearsed in its wait
         self.fetching = False  # such calls are made
         self.effort: Effort | None = None  # where such calls look ahead
         self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
@@ -219,15 +217,14 @@ class Executor:
             placed = self._place(layer, ids)
             if placed is None:
                 raise StreamerError(f"{ids.size} experts do not fit into {self.pool.slots} slots")
-            self._fetched, self.fetching = placed[1], True
-            self._fetched_for = layer, frozenset(ids.reshape(-1).tolist())
-            self._fetched_at = self._looked = time.perf_counter()
-            if not placed[1]:
+            asked = Asked(ids, *placed, time.perf_counter())
+            self._elsewhere, self.fetching, self._looked = (layer, asked), True, asked.at
+            if not asked.parts:
                 self.passed(layer)
             flat = ids.reshape(-1).tolist()
             waiting = [
                 ([i for i, e in enumerate(flat) if e in experts], reading)
-                for experts, reading in self._fetched
+                for experts, reading in asked.parts
             ]
             return self.pool.slot_of[layer][ids], waiting
         except BaseException:
@@ -240,12 +237,12 @@ class Executor:
         Raises StreamerError when a read failed; the pool is then empty and usable.
         """
         try:
-            for _, reading in self._fetched:
-                reading.wait()
-            if self._fetched:
-                seconds = self._looked - self._fetched_at + waited
-                self.pace.saw(self._nbytes(self._fetched), seconds, waited > 0)
-            self._fetched = []
+            if self._elsewhere is not None and (parts := self._elsewhere[1].parts):
+                for _, reading in parts:
+                    reading.wait()
+                seconds = self._looked - self._elsewhere[1].at + waited
+                self.pace.saw(self._nbytes(parts), seconds, waited > 0)
+            self._elsewhere = None
             self.counters.io_wait_seconds += waited
             if waited and self.watch is not None:
                 self.watch.waited(waited)
@@ -268,23 +265,22 @@ class Executor:
         return self.effort.goes_on(self._left())
 
     def _left(self) -> float:
-        if all(reading.done for _, reading in self._fetched):
-            return 0.0
-        since = time.perf_counter() - self._fetched_at
-        return self.pace.left(self._nbytes(self._fetched), since)
+        return 0.0 if self._elsewhere is None else self.left(self._elsewhere[1])
 
     def guess(self, layer: int, ids: np.ndarray) -> np.ndarray:
         """Slots of experts [..., k] that a rehearsed layer chose, -1 where one is absent.
 
         These are read ahead, if what is fetched and what else was named leaves room.
         """
+        assert self._elsewhere is not None
+        waiting, needed = self._elsewhere[0], frozenset(self._elsewhere[1].need)
         try:
             table, need = self.pool.slot_of[layer], sorted(set(ids.reshape(-1).tolist()))
             hits, absent = [e for e in need if table[e] >= 0], [e for e in need if table[e] < 0]
             self.counters.rehearsals += 1
             self.pool.expect(layer, hits)
-            room = self.pool.slots - self.ahead.held - len(self._fetched_for[1]) - len(need)
-            self.prefetch(layer, absent, layer + 1, room, self._fetched_for)
+            room = self.pool.slots - self.ahead.held - len(needed) - len(need)
+            self.prefetch(layer, absent, layer + 1, room, (waiting, needed))
             return table[ids]
         except BaseException:
             self.abandon()
@@ -462,7 +458,7 @@ class Executor:
             with contextlib.suppress(StreamerError):
                 reading.wait()
         self._readings.clear()
-        self._fetched = []
+        self._elsewhere = None
         self.known.clear()
         self._asked.clear()
         self.fresh.clear()
