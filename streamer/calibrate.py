@@ -162,14 +162,14 @@ class _AllThere:
 def _all_there(runs: Sequence[Executor]) -> Iterator[None]:
     pools, uses = [run.pool for run in runs], [[n.copy() for n in run.uses] for run in runs]
     for run in runs:
-        run._settle()
+        run.settle()
         run.release()
-        run._tables.clear()
+        run.moved()
         run.pool = cast(SlotPool, _AllThere(run.pool))
     try:
         yield
     finally:
         for run, pool, used in zip(runs, pools, uses, strict=True):
-            run._settle()
-            run._tables.clear()
+            run.settle()
+            run.moved()
             run.pool, run.uses = pool, used

@@ -27,6 +27,7 @@ import numpy as np
 
 from .errors import UsageError
 from .experts import stored_bytes
+from .filling import warm
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -103,7 +104,7 @@ class Heat:
         done = 0
         for run, keys in plans:
             size = stored_bytes(run.arrays.format)
-            for wave in run.warm(keys, max(1, WAVE_BYTES // size)):
+            for wave in warm(run, keys, max(1, WAVE_BYTES // size)):
                 done += wave * size
                 self.filled += wave
                 progress(done, total)

@@ -30,6 +30,7 @@ from .disk import Disk
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
 from .experts import LayerExperts, extras, held_bytes, stored_bytes
+from .filling import fill
 from .footprint import (
     default_budget,
     footprint,
@@ -247,7 +248,7 @@ def attach(
         _swap(streamer, opened, budget, store)
     for run in streamer.executors:
         if run.pool.slots >= run.pool.total:
-            switches = run.fill(lambda n, total: progress("experts", n, total))
+            switches = fill(run, lambda n, total: progress("experts", n, total))
             paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
     streamer.heat = Heat.of(heat, opened)

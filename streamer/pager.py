@@ -20,28 +20,28 @@ class Pager:
     """switch: mlx-lm's, over the slots of the pool."""
 
     def __init__(self, run: Executor, layer: int, switch: nn.Module):
-        self._run, self._layer, self.switch = run, layer, switch
+        self._calls, self._layer, self.switch = run.fetching, layer, switch
 
     def fetch(self, ids: mx.array) -> tuple[mx.array, list[tuple[list[int], Any]]]:
         """Slots, int32, of experts [..., k], and (pairs, ticket) of those being read.
 
         Raises StreamerError when a read fails.
         """
-        slots, waiting = self._run.fetch(self._layer, np.array(ids))
+        slots, waiting = self._calls.fetch(self._layer, np.array(ids))
         return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
 
     def idle(self) -> bool:
         """Whether to rehearse what follows while that which was fetched is still being read."""
-        return self._run.idle()
+        return self._calls.idle()
 
     def guess(self, ids: mx.array) -> mx.array:
         """Slots, int32, of rehearsed experts [..., k], -1 where one is absent, which is read."""
-        return mx.array(self._run.guess(self._layer, np.array(ids)))
+        return mx.array(self._calls.guess(self._layer, np.array(ids)))
 
     def goes_on(self) -> bool:
         """Whether to rehearse one more."""
-        return self._run.goes_on()
+        return self._calls.goes_on()
 
     def arrived(self, waited: float) -> None:
         """What was fetched has been used, after `waited` seconds of reads. Raises StreamerError."""
-        self._run.landed(waited)
+        self._calls.landed(waited)

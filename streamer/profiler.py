@@ -112,7 +112,7 @@ class Profiler:
             self._cpu = cpu
             return
         for run in self._runs:
-            run._settle()  # all is evaluated; layers that are wholly resident are told now
+            run.settle()  # all is evaluated; layers that are wholly resident are told now
         whole = now - self._mark
         apart = self._waited + self._drafted + self._rehearsed
         gap = max(0.0, whole - seconds - self._drafted)

@@ -98,7 +98,7 @@ class Recorder:
             del model.__dict__["_recorder"]
             model.update_modules(tree_unflatten([(p, modules[p]) for p in self._index]))
             for executor in model.streamer.executors:
-                executor._settle()
+                executor.settle()
             self.routes.hits = model.streamer.counters.hits - before[0]
             self.routes.misses = model.streamer.counters.misses - before[1]
 

@@ -98,7 +98,7 @@ class Rehearsal:
         effort = self._efforts.setdefault(rows, Effort())
         if way == "layerwise" or (way == "lookahead" and not self._looks_out(rows, effort)):
             return forward()
-        if way == "lookahead" and rows == 1 and self._runs[0].fetching:
+        if way == "lookahead" and rows == 1 and self._runs[0].fetching.used:
             return self._in_segments(forward)
         self._running = True
         qwen.keep_half = self._keep_half
@@ -193,12 +193,12 @@ class Rehearsal:
         self._runs[0].allow(self._runs[0].pace.allowance())
         try:
             for run in self._runs:
-                run.effort = self._efforts[1]
+                run.fetching.effort = self._efforts[1]
             return forward()
         finally:
             self._counters.rehearsed_misses += self._counters.misses - missed
             for run in self._runs:
-                run.effort = None
+                run.fetching.effort = None
                 run.release()
 
     def _lookahead(self, forward: Callable[[], Any], rows: int) -> Any:

@@ -146,7 +146,7 @@ class _Dry:
 
     def finish(self) -> None:
         """Choices of layers that were wholly resident are counted late."""
-        self.executor._settle()
+        self.executor.settle()
 
 
 def _future(

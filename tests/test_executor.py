@@ -14,6 +14,7 @@ from mlx_lm.utils import load_model
 from streamer.errors import StreamerError
 from streamer.experts import is_switch, stored_bytes
 from streamer.loading import load_streamed
+from streamer.prefill import batch_of
 from streamer.store import Store
 
 TOKENS = np.random.default_rng(3).integers(0, 250, 400)
@@ -70,7 +71,7 @@ def test_prefill_keeps_what_decoding_uses(tiny: Path) -> None:
     before = set(pool.victims())
     assert not pool.free  # decoding filled it
     run(model, [300])
-    batch = model.streamer.executors[0]._batch
+    batch = batch_of(model.streamer.executors[0].pool)
     kept = set(pool.victims())
     assert len(kept) >= len(before) - 2 * batch
     assert kept <= before
@@ -111,7 +112,7 @@ def test_covered_layers_are_counted_and_stay_recent(tiny: Path) -> None:
     run(model, [1] * 40)
     counters = model.streamer.counters
     executor = model.streamer.executors[0]
-    executor._settle()
+    executor.settle()
     layers = len(model.streamer.opened.layers)
     assert counters.hits + counters.misses == 40 * layers * model.streamer.opened.top_k
     assert counters.syncs < 40 * layers

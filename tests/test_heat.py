@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from streamer import run as command
 from streamer.errors import StreamerError, UsageError
+from streamer.filling import warm
 from streamer.heat import MAX_BYTES, MEMORY, Heat
 from streamer.loading import expert_count, load_streamed
 from streamer.opened import open_model
@@ -174,7 +175,7 @@ def test_a_failed_read_leaves_an_empty_usable_pool(
     with monkeypatch.context() as patch:
         patch.setattr(Store, "read", broken)
         with pytest.raises(StreamerError, match="disk is gone"):
-            list(run.warm([(0, 1), (1, 2)], 1))
+            list(warm(run, [(0, 1), (1, 2)], 1))
     assert len(run.pool.free) == run.pool.slots
     passes(model)
 

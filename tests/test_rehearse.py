@@ -96,10 +96,10 @@ def test_a_pass_without_misses_takes_one_read_back_and_counts_alike(tmp_path: Pa
         model = load_streamed(path, slots=expert_count(path) - 1, executor=choice)  # type: ignore[arg-type]
         run, counters = model.streamer.executors[0], model.streamer.counters
         for _ in range(4):  # the same token after nothing: from the second on all is there
-            run._settle()
+            run.settle()
             before = counters.hits, counters.misses, counters.syncs
             mx.eval(model(mx.array([[7]]), cache=make_prompt_cache(model)))
-        run._settle()
+        run.settle()
         used = model.streamer.opened.top_k * len(run.layers)
         assert counters.misses == before[1] and counters.hits - before[0] == used
         heat = np.concatenate([run.pool.heat(layer) for layer in range(len(run.layers))])

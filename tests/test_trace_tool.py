@@ -9,7 +9,7 @@ import pytest
 from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 
-from streamer import executor
+from streamer import residency
 from streamer.engine import generate
 from streamer.loading import load_streamed
 from streamer.recorder import Recorder, record
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def live(model: Any) -> tuple[int, int]:
     for each in model.streamer.executors:
-        each._settle()
+        each.settle()
     return model.streamer.counters.hits, model.streamer.counters.misses
 
 
@@ -38,7 +38,7 @@ def test_replayed_counts_are_the_live_ones(
     tiny: Path, slots: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Walked prefills, scratch, homes, eviction and covered layers included."""
-    monkeypatch.setattr(executor, "DECODE_PAIRS", 100)
+    monkeypatch.setattr(residency, "DECODE_PAIRS", 100)
     prompts = [TOKENS[:200], TOKENS[200:203], TOKENS[210:330]]
     unwatched, model = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
     tokens = []

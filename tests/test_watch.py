@@ -13,7 +13,7 @@ from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 from test_mtp_decode import drafting, tokens_of
 
-from streamer import engine, executor, native_reads, speculate, store
+from streamer import engine, fetching, native_reads, residency, speculate, store
 from streamer.engine import Timing, generate
 from streamer.loading import expert_count, load_streamed
 from streamer.watch import Watchers
@@ -57,7 +57,7 @@ def run(model: Any, count: int, prompt: int = 200) -> Timing:
     cache = make_prompt_cache(model)
     list(generate(model, TOKENS[:prompt], cache, max_tokens=count, timing=timing))
     for each in model.streamer.executors:
-        each._settle()
+        each.settle()
     return timing
 
 
@@ -103,7 +103,7 @@ def test_drafts_and_verify_passes_are_told(tiny: Path) -> None:
     model.streamer.watch = notes = Notes()
     tokens_of(model, speculation=speculation)
     for each in model.streamer.executors:
-        each._settle()
+        each.settle()
     check(model, notes)
     counters = speculation.counters
     assert notes.kinds["verify"] == counters.verify_passes > 0
@@ -124,7 +124,7 @@ def test_nothing_is_allocated_where_nobody_watches(tiny: Path) -> None:
     """By the lines that tell something: none of them holds memory, or ever did, while decoding."""
     model: Any = load_streamed(tiny, slots=16)
     lines = set()
-    for module in (engine, executor, native_reads, speculate, store):
+    for module in (engine, fetching, native_reads, residency, speculate, store):
         text = Path(module.__file__).read_text().splitlines()
         lines |= {(module.__file__, i) for i, t in enumerate(text, 1) if "watch." in t}
     assert len(lines) >= 8

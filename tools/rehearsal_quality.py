@@ -77,7 +77,7 @@ class Names:
 
     def end(self) -> None:
         """The pass is over."""
-        self._run._settle()
+        self._run.settle()
         if self._named is None:
             return
         c = self.counts
