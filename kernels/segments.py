@@ -41,8 +41,8 @@ class Pager(Protocol):
 
     switch: nn.Module  # mlx-lm's, over slots
 
-    def fetch(self, ids: mx.array) -> tuple[mx.array, Arrivals]:
-        """For experts [1, 1, k], evaluated: their slots, int32, and those still being read."""
+    def fetch(self, ids: mx.array, x: mx.array) -> tuple[mx.array, Arrivals]:
+        """For experts [1, 1, k] of the router's x, evaluated: slots, int32, those being read."""
 
     def arrived(self, waited: float) -> None:
         """What was fetched has been used; seconds waited for it. Raises where a read failed."""
@@ -381,7 +381,7 @@ class Pages:
             before = row.pager
             if before is not None:
                 stream, normed, ids, scores, opening = out
-                slots, arrivals = before.fetch(ids)
+                slots, arrivals = before.fetch(ids, normed)
                 inputs = [stream, normed, slots, scores, opening]
                 if arrivals and max(at, rehearsed[0]) + 1 < len(self._rows) and before.idle():
                     if rehearsed[0] <= at:

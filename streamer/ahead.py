@@ -21,6 +21,7 @@ class Reading:
 
     def __init__(self, ticket: Ticket | NativeTicket):
         self._ticket = ticket
+        self.guessed = False  # before it was asked for
 
     @property
     def done(self) -> bool:
@@ -28,11 +29,17 @@ class Reading:
 
     def promote(self) -> None:
         """A guess is needed now."""
+        self.guessed = True
         self._ticket.promote()
 
     def cancel(self) -> None:
         """A guess is not needed; what of it has not started is left out."""
         self._ticket.cancel()
+
+    @property
+    def seconds(self) -> float:
+        """From when it was asked for to when all was there, once it is."""
+        return self._ticket.seconds
 
     @property
     def native(self) -> Any:
@@ -64,6 +71,12 @@ class ReadAhead:
     def held(self) -> int:
         """Slots."""
         return len(self._reading) + len(self._wrong)
+
+    @property
+    def busy(self) -> bool:
+        """Some of it is still to be read."""
+        under_way = (*self._reading.values(), *self._wrong)
+        return any(not one.reading.done for one in under_way)
 
     def reads(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._reading

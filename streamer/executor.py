@@ -30,7 +30,6 @@ from .fetching import Fetching
 from .pairs import Groups, projections
 from .residency import DECODE_PAIRS, Parts, Residency
 from .store import Store
-from .ways import Pace
 
 
 @dataclass
@@ -38,13 +37,15 @@ class Asked:
     """A call whose absent experts are being read.
 
     ids [..., k]; there: experts at hand; parts: the others, by reading; at: when they were asked
-    for; y: what `there` gave [..., k, D], zeros elsewhere, where that is known.
+    for, beside: guesses being under way; y: what `there` gave [..., k, D], zeros elsewhere, where
+    that is known.
     """
 
     ids: np.ndarray
     there: set[int]
     parts: Parts
     at: float
+    beside: bool
     y: mx.array | None = None
 
     @property
@@ -74,7 +75,6 @@ class Executor(Residency):
         self, layers: Sequence[LayerExperts], slots: int, store: Store, counters: Counters
     ):
         super().__init__(layers, slots, store, counters)
-        self.pace = Pace()
         self.fetching = Fetching(self)
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
         self.known: dict[int, np.ndarray] = {}  # what a layer's next call will choose
@@ -114,7 +114,7 @@ class Executor(Residency):
         else:
             ids = known
         self.settle()
-        found = self.bring(layer, ids)
+        found = self.bring(layer, ids, x)
         if found is None:
             hits, misses = self.divide(layer, ids)
             if len(misses):
@@ -125,7 +125,7 @@ class Executor(Residency):
         if not parts:
             self.passed(layer)
             return self.track(inner(x, self.slots(layer, ids)))
-        asked = Asked(ids, there, parts, time.perf_counter())
+        asked = Asked(ids, there, parts, time.perf_counter(), self.ahead.busy)
         if self.meanwhile is not None and self.meanwhile(self, layer, asked):
             self._asked[layer] = asked
             table = self.pool.slot_of[layer]
@@ -137,7 +137,6 @@ class Executor(Residency):
 
     def _finish(self, layer: int, inner: nn.Module, x: mx.array, asked: Asked) -> mx.array:
         """The call's result, once all has come."""
-        waited = not asked.done
         there, arrived, coming = asked.there, set[int](), []
         for experts, reading in asked.parts:
             if reading.done:
@@ -148,7 +147,7 @@ class Executor(Residency):
         if not there and not arrived and len(coming) == 1:
             self.wait(coming.pop()[1].wait)
         if not coming and asked.y is None:
-            self._came(asked, waited)
+            self.came(asked.parts, asked.beside)
             return self.track(inner(x, self.slots(layer, asked.ids)))
         groups = Groups(inner, x, asked.ids, self.pool.slot_of[layer])
         if asked.y is not None:
@@ -160,13 +159,8 @@ class Executor(Residency):
         for experts, reading in coming:
             self.wait(reading.wait)
             groups.add(set(experts))
-        self._came(asked, waited)
+        self.came(asked.parts, asked.beside)
         return self.track(groups.join())
-
-    def _came(self, asked: Asked, waited: bool) -> None:
-        """All of it is there; waited: not before it was waited for."""
-        seconds = time.perf_counter() - asked.at
-        self.pace.saw(self.bytes_of(asked.parts), seconds, waited)
 
     def left(self, asked: Asked) -> float:
         """Seconds until all of it is likely to be there."""

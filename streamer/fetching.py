@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from .errors import StreamerError
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 
 class _Call(NamedTuple):
-    """Of a layer; at: when its absent experts were asked for; need: all of its experts."""
+    """Of a layer; need: all of its experts; at: when the absent ones were asked for, beside:
+    guesses being under way."""
 
     layer: int
     parts: Parts
     need: frozenset[int]
     at: float
+    beside: bool
 
 
 class Fetching:
@@ -37,11 +40,13 @@ class Fetching:
         self._run = run
         self._call: _Call | None = None
         self._looked = 0.0  # when the last layer was rehearsed in its wait
-        self.used = False  # such calls are made
+        self.rows: set[int] = set()  # for passes over so many such calls are made
         self.effort: Effort | None = None  # where such calls look ahead
 
-    def fetch(self, layer: int, ids: np.ndarray) -> tuple[np.ndarray, Parts]:
-        """For experts ids [..., k] of a few rows: their slots, and the reads under way.
+    def fetch(
+        self, layer: int, ids: np.ndarray, x: mx.array | None = None
+    ) -> tuple[np.ndarray, Parts]:
+        """For experts ids [..., k] of rows x [..., D]: their slots, and the reads under way.
 
         These are the pairs of row and choice that wait for each. `landed` is to be called before
         anything else is asked for. Raises StreamerError when a read fails; the pool is then empty
@@ -51,13 +56,14 @@ class Fetching:
         try:
             run.counters.syncs += 1
             run.settle()
-            found = run.bring(layer, ids)
+            found = run.bring(layer, ids, x)
             if found is None:
                 raise StreamerError(f"{ids.size} experts do not fit into {run.pool.slots} slots")
             parts = found[1]
-            self._looked, self.used = time.perf_counter(), True
+            self._looked = time.perf_counter()
+            self.rows.add(ids.size // ids.shape[-1])
             flat = ids.reshape(-1).tolist()
-            self._call = _Call(layer, parts, frozenset(flat), self._looked)
+            self._call = _Call(layer, parts, frozenset(flat), self._looked, run.ahead.busy)
             if not parts:
                 run.passed(layer)
             waiting: list[tuple[list[int], Reading]] = [
@@ -79,8 +85,7 @@ class Fetching:
             if self._call is not None and (parts := self._call.parts):
                 for _, reading in parts:
                     reading.wait()
-                seconds = self._looked - self._call.at + waited
-                run.pace.saw(run.bytes_of(parts), seconds, waited > 0)
+                run.came(parts, self._call.beside)
             self._call = None
             run.waited(waited)
         except BaseException:
@@ -118,9 +123,8 @@ class Fetching:
             table, need = run.pool.slot_of[layer], sorted(set(ids.reshape(-1).tolist()))
             hits, absent = [e for e in need if table[e] >= 0], [e for e in need if table[e] < 0]
             run.counters.rehearsals += 1
-            run.pool.expect(layer, hits)
-            room = run.pool.slots - run.ahead.held - len(call.need) - len(need)
-            run.prefetch(layer, absent, layer + 1, room, (call.layer, call.need))
+            assert run.foresight is not None
+            run.foresight.rehearse(layer, (hits, absent), layer + 1, (call.layer, call.need))
             return table[ids]
         except BaseException:
             run.abandon()

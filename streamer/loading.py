@@ -170,7 +170,8 @@ def load(
     io: str = "auto",
     dtype: str = "auto",
     mtp: bool = False,
-    executor: Choice = "layerwise",
+    executor: Choice = "auto",
+    guess: str = "auto",
     heat: str = "off",
     kv_bits: KVBits = "auto",
     progress: Progress | None = None,
@@ -181,7 +182,9 @@ def load(
     what the machine can spare. context: tokens that the KV cache is planned for.
     io: auto, mmap, pread or direct. dtype: auto, stored or float32. mtp: with the MTP
     head, where there is one, for `streamer.stream_generate` to draft with. executor:
-    layerwise, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
+    layerwise, lookahead, rehearse (see `streamer.rehearse`), or auto, whichever is measured faster.
+    guess: by what else experts are read ahead (`streamer.guess`), off, or auto: where auto finds
+    that it pays.
     heat: off, auto or a file, for a warm start (`streamer.heat`); closing the streamer adds to it.
     kv_bits: 16 for mlx-lm's own caches, 8, 4, 3.5, 3, 2.5 or 2 for compressed ones, which
     `mlx_lm.models.cache.make_prompt_cache(model)` then gives; auto: 16 unless the context
@@ -195,7 +198,7 @@ def load(
     spare = default_budget()[0] if memory is None else None
     budget = divide(opened, memory, context, spare=spare, kv_bits=bits)
     said = progress or (lambda *_: None)
-    return attach(opened, budget, io, said, executor=executor, heat=heat), tokenizer
+    return attach(opened, budget, io, said, executor=executor, guess=guess, heat=heat), tokenizer
 
 
 def open_tokenizer(opened: Opened) -> TokenizerWrapper:
@@ -217,6 +220,7 @@ def attach(
     progress: Progress,
     *,
     executor: Choice = "layerwise",
+    guess: str = "auto",
     disk: Disk | None = None,
     heat: str = "off",
 ) -> nn.Module:
@@ -257,10 +261,11 @@ def attach(
     model.streamer = streamer
     if budget.kv_bits < FULL:
         compress(model, budget.kv_bits)
-    if executor != "layerwise" and opened.layers and not streamer.resident:
+    ahead = executor != "layerwise" or guess not in ("off", "auto")
+    if ahead and opened.layers and not streamer.resident:
         found = decoder_layers(model, [layer.path for layer in opened.trunk_layers])
         if found is not None:
-            Rehearsal(model, found, streamer.executors, opened.top_k, executor)
+            Rehearsal(model, found, streamer.executors, opened.top_k, executor, guess)
     return model
 
 
@@ -272,6 +277,7 @@ def load_streamed(
     dtype: str = "stored",
     mtp: bool = False,
     executor: Choice = "layerwise",
+    guess: str = "auto",
     disk: Disk | None = None,
     heat: str = "off",
     kv_bits: float = FULL,
@@ -288,7 +294,7 @@ def load_streamed(
     pool = sum(n * held_bytes(fmt) for fmt, n in zip(opened.groups, counts, strict=True))
     limited = with_slots(budget, counts, pool)
     quiet: Progress = lambda *_: None  # noqa: E731
-    return attach(opened, limited, io, quiet, executor=executor, disk=disk, heat=heat)
+    return attach(opened, limited, io, quiet, executor=executor, guess=guess, disk=disk, heat=heat)
 
 
 def spread(counts: Sequence[int], share: float, top_k: int) -> tuple[int, ...]:

@@ -55,6 +55,10 @@ class NativeTicket:
     def done(self) -> bool:
         return self._native.done
 
+    @property
+    def seconds(self) -> float:
+        return self._native.seconds  # type: ignore[no-any-return]
+
     def wait(self) -> None:
         if not self._native.done:
             began = time.perf_counter()

@@ -22,12 +22,16 @@ class Pager:
     def __init__(self, run: Executor, layer: int, switch: nn.Module):
         self._calls, self._layer, self.switch = run.fetching, layer, switch
 
-    def fetch(self, ids: mx.array) -> tuple[mx.array, list[tuple[list[int], Any]]]:
+    def fetch(
+        self, ids: mx.array, x: mx.array | None = None
+    ) -> tuple[mx.array, list[tuple[list[int], Any]]]:
         """Slots, int32, of experts [..., k], and (pairs, ticket) of those being read.
+
+        x [..., D]: what the router took, from which others may be guessed.
 
         Raises StreamerError when a read fails.
         """
-        slots, waiting = self._calls.fetch(self._layer, np.array(ids))
+        slots, waiting = self._calls.fetch(self._layer, np.array(ids), x)
         return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
 
     def idle(self) -> bool:

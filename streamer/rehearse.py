@@ -37,9 +37,12 @@ from mtp.rollback import forget, leaves
 
 from .counters import Counters
 from .executor import Asked, Executor, Note
+from .foresee import Foresight
+from .guess import sources_of
 from .layers import Saved, attach, hand_out, save_all, stand_aside, stand_before
 from .ways import Choice, Effort, Seen, Way, Ways
 
+NO_TOKENS = np.zeros(0, dtype=np.int32)
 Half = Callable[[Any, mx.array, Any, Any], mx.array]  # layer, x, mask, cache
 
 
@@ -53,17 +56,31 @@ class Rehearsal:
         runs: Sequence[Executor],
         top_k: int,
         choice: Choice,
+        guess: str = "auto",
     ):
-        """layers: the decoder layers; runs: all executors of the model's experts."""
+        """layers: the decoder layers; runs: all executors of the model's experts; guess: by what.
+
+        Raises UsageError for a guesser that there is not.
+        """
         self._runs, self._top_k, self._choice = list(runs), top_k, choice
         self._counters: Counters = runs[0].counters
         self._ways: dict[int, Ways] = {}  # of auto, by rows
         self._efforts: dict[int, Effort] = {}  # by rows
+        self._chosen = guess not in ("off", "auto")
+        named = False
         for run in runs:
             run.pace = runs[0].pace  # one disk
-        self._last: tuple[int, Way, float, float, int] | None = None  # how the last pass began
+            run.foresight = Foresight(run, self._counters.sources)
+            if guess != "off" and (choice == "auto" or self._chosen):
+                sources = sources_of(guess, model, run.layers, top_k)
+                run.foresight.use(sources)
+                named = named or bool(sources)
+        ways: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")
+        self._open = tuple(w for w in ways if w != "guess" or (named and not self._chosen))
+        self._last: tuple[int, Way, float, float, int, int] | None = None  # how the last pass began
         self._count = len(layers)
-        self._running = self._passed = False
+        self._running = False
+        self._begun: set[int] = set()  # rows of passes that there were
         self._start()
         self._layers = list(layers)
         attach(model, layers, self)
@@ -94,12 +111,26 @@ class Rehearsal:
         rows = tokens.size
         if cache is None or self._running or not self._takes(rows):
             return forward()
-        way = self._way(rows)
+        way, guess = self._way(rows)
         effort = self._efforts.setdefault(rows, Effort())
-        if way == "layerwise" or (way == "lookahead" and not self._looks_out(rows, effort)):
+        looks = way == "lookahead" and self._looks_out(rows, effort)
+        learns = guess or self._learns(rows)
+        if way != "rehearse" and not looks and not learns:
             return forward()
-        if way == "lookahead" and rows == 1 and self._runs[0].fetching.used:
-            return self._in_segments(forward)
+        known = np.array(tokens).reshape(-1) if learns else NO_TOKENS
+        for run in self._runs:
+            self._sight(run).begin(known, guess=guess, rehearse=looks)
+        try:
+            if way != "rehearse" and (not looks or rows in self._runs[0].fetching.rows):
+                return self._in_turn(forward, effort if looks else None)
+            return self._before_layers(forward, cache, way, rows)
+        finally:
+            for run in self._runs:
+                self._sight(run).end()
+                run.release()
+
+    def _before_layers(self, forward: Callable[[], Any], cache: Any, way: Way, rows: int) -> Any:
+        """A pass in which each decoder layer's call is `part`."""
         self._running = True
         qwen.keep_half = self._keep_half
         stand_before(self._layers)
@@ -124,33 +155,47 @@ class Rehearsal:
             for run in self._runs:
                 run.note = run.meanwhile = run.back = None
                 run.known.clear()
-                run.release()
 
     def _takes(self, rows: int) -> bool:
         return all(run.takes(rows * self._top_k) for run in self._runs)
 
-    def _way(self, rows: int) -> Way:
+    def _way(self, rows: int) -> tuple[Way, bool]:
+        """How the next pass is run, and whether guessers guess in it."""
         if self._choice != "auto":
-            return self._choice
-        way = self._ways.setdefault(rows, Ways()).choose()
+            return self._choice, self._chosen and self._choice != "rehearse"
+        way = self._ways.setdefault(rows, Ways(self._open)).choose()
         c = self._counters
-        self._last = rows, way, time.perf_counter(), c.io_wait_seconds, c.waits
-        return way
+        counts = c.io_wait_seconds, c.waits, c.bytes_wanted
+        self._last = rows, way, time.perf_counter(), *counts
+        if way == "guess":
+            return "lookahead", True
+        return way, self._chosen and way != "rehearse"
+
+    def _learns(self, rows: int) -> bool:
+        """Whether guessers observe a pass in which they do not guess."""
+        return "guess" in self._open and rows in self._ways and self._ways[rows].hopeful("guess")
+
+    def _sight(self, run: Executor) -> Foresight:
+        assert run.foresight is not None
+        return run.foresight
 
     def _looks_out(self, rows: int, effort: Effort) -> bool:
         """Whether a pass may have waits long enough to rehearse in."""
-        first = rows == 1 and not self._passed  # it tells how such passes are run
-        self._passed = self._passed or first
-        return not first and effort.worth(self._runs[0].pace.long())
+        if rows not in self._begun:  # the first tells how such passes are run
+            self._begun.add(rows)
+            return False
+        return effort.worth(self._runs[0].pace.long())
 
     def _ended(self) -> None:
         """The pass before, and what came after it, took until now."""
         if self._last is None:
             return
-        rows, way, began, waited, waits = self._last
+        rows, way, began, waited, waits, nbytes = self._last
         self._last = None
         seconds, c = time.perf_counter() - began, self._counters
-        self._ways[rows].record(way, Seen(seconds, c.io_wait_seconds - waited, c.waits - waits))
+        reading = (c.bytes_wanted - nbytes) * self._runs[0].pace.each
+        seen = Seen(seconds, c.io_wait_seconds - waited, c.waits - waits, reading)
+        self._ways[rows].record(way, seen)
 
     def part(self, index: int, call: Callable[[], Any], arguments: Sequence[Any]) -> Any:
         """A decoder layer's call."""
@@ -187,19 +232,19 @@ class Rehearsal:
 
     # Layer by layer
 
-    def _in_segments(self, forward: Callable[[], Any]) -> Any:
-        """As `_lookahead`, where `kernels.segments` runs the layers: it rehearses, too."""
+    def _in_turn(self, forward: Callable[[], Any], effort: Effort | None) -> Any:
+        """Layer by layer; `kernels.segments` rehearses in its waits, where there is an effort."""
         missed = self._counters.misses
         self._runs[0].allow(self._runs[0].pace.allowance())
         try:
             for run in self._runs:
-                run.fetching.effort = self._efforts[1]
+                run.fetching.effort = effort
             return forward()
         finally:
-            self._counters.rehearsed_misses += self._counters.misses - missed
+            if effort is not None:
+                self._counters.rehearsed_misses += self._counters.misses - missed
             for run in self._runs:
                 run.fetching.effort = None
-                run.release()
 
     def _lookahead(self, forward: Callable[[], Any], rows: int) -> Any:
         self._effort, self._rows = self._efforts[rows], rows
@@ -237,14 +282,8 @@ class Rehearsal:
         self._counters.syncs += 1
         self._counters.rehearsals += 1
         for at, note in notes:
-            hits, absent = note.run.named(note)
-            note.run.pool.expect(note.layer, hits)
-            need, keep = asked.need if note.run is run else set[int](), None
-            if need:
-                keep = layer, frozenset(need)
-            # the layer's own experts must fit besides
-            spare = note.run.pool.slots - note.run.ahead.held - len(need)
-            note.run.prefetch(note.layer, absent, at, spare - len(hits) - len(absent), keep)
+            keep = (layer, frozenset(asked.need)) if note.run is run else None
+            self._sight(note.run).rehearse(note.layer, note.run.named(note), at, keep)
         now = time.perf_counter()
         if (watch := run.watch) is not None:
             watch.step("rehearse", self._rows, now - self._looked)

@@ -166,6 +166,7 @@ class _Done:
     """A ticket of reads that were never made."""
 
     done = True
+    seconds = 0.0
 
     def wait(self) -> None:
         return

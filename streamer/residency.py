@@ -22,11 +22,13 @@ from .ahead import ReadAhead, Reading
 from .counters import Counters
 from .errors import StreamerError
 from .experts import LayerExperts, stored_bytes
+from .foresee import Foresight
 from .lrfu import Lrfu
 from .pool import SlotPool
 from .slots import SlotArrays
 from .store import Store
 from .watch import Watch
+from .ways import Pace
 
 DECODE_PAIRS = 256  # a call with more (row, expert) pairs is a prefill
 WAVE_BYTES = 512 << 10  # absent experts are waited for by this much
@@ -50,6 +52,8 @@ class Residency:
         self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
+        self.pace = Pace()
+        self.foresight: Foresight | None = None  # where something guesses
         self.expert_bytes = stored_bytes(layers[0].format)
         self._wave = max(1, -(-WAVE_BYTES // self.expert_bytes))
         self._store = store
@@ -60,10 +64,12 @@ class Residency:
 
     # What a call asks for
 
-    def bring(self, layer: int, ids: np.ndarray) -> tuple[set[int], Parts] | None:
+    def bring(
+        self, layer: int, ids: np.ndarray, x: mx.array | None = None
+    ) -> tuple[set[int], Parts] | None:
         """Experts ids [..., k] of a few rows: those that are there, and those on their way.
 
-        None where there are too many, of rows or for the pool.
+        x [..., D]: what the router took. None where there are too many, of rows or for the pool.
         """
         self._chose(layer, ids)
         if ids.size > DECODE_PAIRS:
@@ -81,7 +87,10 @@ class Residency:
         misses = [e for e in need if table[e] < 0]
         hits = [e for e in need if table[e] >= 0]
         self._hit(layer, ids, hits, len(misses))
-        return set(hits), self._read(layer, hits, misses) if misses else []
+        parts = self._read(layer, hits, misses) if misses else []
+        if self.foresight is not None:
+            self.foresight.chose(layer, ids, misses, x)
+        return set(hits), parts
 
     def divide(self, layer: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Experts that are there and that are not, of a call for which `bring` gave None."""
@@ -171,8 +180,21 @@ class Residency:
         self._readings.append(reading)
         return reading
 
+    @property
+    def bytes_read(self) -> int:
+        """By all who share the store."""
+        return self._store.counters.bytes_read
+
     def bytes_of(self, parts: Parts) -> int:
         return sum(len(experts) for experts, _ in parts) * self.expert_bytes
+
+    def came(self, parts: Parts, beside: bool) -> None:
+        """What a call asked for is there; beside: guesses were under way when it did."""
+        if parts and not any(reading.guessed for _, reading in parts):
+            nbytes = self.bytes_of(parts)
+            seconds = max(reading.seconds for _, reading in parts)
+            self.pace.saw(nbytes, seconds)
+            (self.counters.beside if beside else self.counters.alone).add(nbytes, seconds)
 
     def wait(self, wait: Callable[[], T]) -> T:
         """wait(), its time counted as waiting for reads."""

@@ -85,10 +85,17 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     p.add_argument(
         "--executor",
         choices=("auto", "layerwise", "lookahead", "rehearse"),
-        default="layerwise",
+        default="auto",
         help="stop at every layer for its experts; while it waits, run those behind it with what "
         "is resident, to learn what to read (lookahead); run all with what is resident first "
         "(rehearse); auto: what is measured to be faster",
+    )
+    p.add_argument(
+        "--guess",
+        default="auto",
+        metavar="auto|off|token,router,...",
+        help="read ahead what these name: token, previous and frequency by the past, router by the "
+        "next layer's; auto: where --executor auto finds that it pays",
     )
     p.add_argument(
         "--disk",

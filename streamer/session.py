@@ -25,7 +25,7 @@ from .errors import CheckpointError, UsageError
 from .footprint import default_budget, format_size, peak_footprint
 from .hub import resolve
 from .kv import FULL, describe
-from .loading import Streamer, attach, open_tokenizer
+from .loading import Streamer, attach, expert_bytes, open_tokenizer
 from .opened import Opened, open_model
 from .prompt_cache import PromptCache, shared
 from .speculate import Counters, Speculation, why_not
@@ -55,6 +55,7 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
             args.io,
             lambda what, done, all_: update(done, all_, "MB"),
             executor=args.executor,
+            guess=args.guess,
             disk=args.disk,
             heat=getattr(args, "heat", "off"),
         )
@@ -308,6 +309,7 @@ class Session:
             "experts": s.stats(),
             "mtp": self.drafts.stats(),
             "rehearsal": s.counters.rehearsal(),
+            "prefetch": s.counters.prefetch(expert_bytes(s.opened)),
             "syncs": s.counters.syncs,
             "kv_cache": describe(self._cache, 16 if s.opened.widen is None else 32),
             "prompt_cache": self.kept

@@ -63,12 +63,13 @@ class Counters:
 class Ticket:
     """The reads of one `Store.read` call."""
 
-    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store", "_widen")
+    __slots__ = ("_asked", "_busy", "_error", "_guesses", "_left", "_store", "_widen", "seconds")
 
     def __init__(self, store: Store, reads: int, widen: Sequence[Widening] = ()):
         self._store = store  # a store lives as long as it is being waited for
         self._left = reads
         self._asked = time.perf_counter()
+        self.seconds = 0.0  # from then until all bytes were there
         self._guesses: list[Guess[Job]] = []  # its reads, where it is a guess
         self._error: StreamerError | None = None
         self._widen = widen
@@ -335,6 +336,7 @@ class _Engine:
             ticket._left -= 1
             done = not ticket._left
         if done:
+            ticket.seconds = time.perf_counter() - ticket._asked
             ticket._guesses = []  # they hold the ticket, and it the store
             ticket._busy.release()
 

@@ -1,6 +1,6 @@
 """What waiting and rehearsing cost here, measured as it runs, and which way a pass is run.
 
-    pace.saw(nbytes, seconds, waited)      # a read that a layer asked for
+    pace.saw(nbytes, seconds)              # a read that a layer asked for
     pace.allowance()                       # bytes of guesses that may be under way
     effort.looked(s); effort.resumed(s)    # a layer rehearsed; going back to the one that waits
     effort.worth(pace.long())              # whether a pass may have waits long enough
@@ -22,7 +22,7 @@ from typing import Literal
 
 Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
 EXECUTORS: tuple[Choice, ...] = ("layerwise", "lookahead", "rehearse", "auto")
-Way = Literal["layerwise", "lookahead", "rehearse"]
+Way = Literal["layerwise", "lookahead", "guess", "rehearse"]  # guess: lookahead, and guessers
 
 GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
 DELAY = 0.7e-3  # seconds that they may hold up a demand
@@ -35,7 +35,7 @@ LEAST = 0.1  # what a trial is thought to lose of its time, at least
 MARGIN = 1.01  # by which another way must be faster to be changed to
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
 FORGOTTEN = 0.8  # and by how much
-WORTH_WAITING = 0.05  # share of a pass that it waits, below which looking ahead gains nothing
+WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
 RARE = 0.5  # layers of a pass that miss, above which rehearsing all of it does not pay
 
 
@@ -57,13 +57,15 @@ class Pace:
         self._waits = Mean()
         self._each = Mean()  # seconds a byte, the latency at this depth of the queue included
 
-    def saw(self, nbytes: int, seconds: float, waited: bool) -> None:
-        """They came within `seconds`; waited: not sooner."""
-        if waited:
-            self._waits.add(seconds)
-        each = seconds / max(1, nbytes)
-        if waited or each < self._each.value:
-            self._each.add(each)
+    def saw(self, nbytes: int, seconds: float) -> None:
+        """They came within `seconds`."""
+        self._waits.add(seconds)
+        self._each.add(seconds / max(1, nbytes))
+
+    @property
+    def each(self) -> float:
+        """Seconds a byte; 0 while unknown."""
+        return self._each.value
 
     def long(self) -> float:
         """Seconds of a long wait: twice the average of layers that missed."""
@@ -117,20 +119,28 @@ class Effort:
 
 @dataclass(frozen=True)
 class Seen:
-    """A pass: seconds in all, seconds waited for reads, layers that missed."""
+    """A pass: seconds in all, seconds waited for reads, layers that missed; reading: seconds that
+    reading what it missed takes, whether waited for or not."""
 
     seconds: float
     waited: float = 0.0
     missing: float = 0.0
+    reading: float = 0.0
 
 
 class Ways:
-    """Chooses the way of the next pass by what passes took."""
+    """Chooses the way of the next pass by what passes took.
 
-    def __init__(self, ways: tuple[Way, ...] = ("lookahead", "layerwise", "rehearse")):
+    That is their time over that of computing and then reading what they missed, since passages
+    of a text miss unequally much.
+    """
+
+    def __init__(self, ways: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")):
         self._ways = ways
-        self._seconds: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
-        self._waited, self._missing = Mean(), Mean()
+        self._costs: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
+        self._computing, self._seconds = Mean(), Mean()  # of a pass
+        self._waited = {w: Mean() for w in ways}  # share of a pass
+        self._missing = Mean()
         self._best: Way = ways[0]
         self._trial: Way | None = None
         self._left = 0  # passes of the trial
@@ -151,18 +161,20 @@ class Ways:
         """A pass was run that way."""
         self._passes += 1
         self._time += seen.seconds
+        self._seconds.add(seen.seconds)
+        self._computing.add(seen.seconds - seen.waited)
         if way == self._last:  # the first after a change finds the pool and caches of the other
-            self._seconds[way].append(seen.seconds)
+            expected = self._computing.value + seen.reading
+            self._costs[way].append(seen.seconds / max(1e-9, expected))
         self._last = way
         self._missing.add(seen.missing)
-        if way == "layerwise":
-            self._waited.add(seen.waited / max(1e-9, seen.seconds))
+        self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
         if self._left and way == self._trial:
             self._left -= 1
             self._tried[way] = self._time
 
     def _decide(self) -> None:
-        known = {w: statistics.median(s) for w, s in self._seconds.items() if len(s) > 1}
+        known = {w: statistics.median(s) for w, s in self._costs.items() if len(s) > 1}
         if self._best not in known:
             return
         least = min(known, key=lambda w: known[w])
@@ -171,18 +183,18 @@ class Ways:
         if self._passes < FIRST:
             return
         for way in self._ways:
-            if way == self._best or not self._hopeful(way):
+            if way == self._best or not self.hopeful(way):
                 continue
             slower = known[way] / known[self._best] - 1 if way in known else 0.0
-            lost = TRIAL * known[self._best] * max(LEAST, slower)
+            lost = TRIAL * self._seconds.value * max(LEAST, slower)
             if way not in known or PROBING * (self._time - self._tried[way]) > lost:
                 self._trial, self._left = way, TRIAL
                 return
 
-    def _hopeful(self, way: Way) -> bool:
+    def hopeful(self, way: Way) -> bool:
         """Whether there is anything to gain."""
-        if way == "lookahead":
-            return self._waited.value > WORTH_WAITING
+        if way in ("lookahead", "guess"):
+            return self._waited[self._best].value > WORTH_WAITING
         if way == "rehearse":
             return self._missing.value < RARE
         return True

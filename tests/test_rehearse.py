@@ -14,6 +14,7 @@ from test_mtp_decode import NO_ROLLBACK, drafting, tokens_of
 
 from cache.make import make_cache
 from streamer.errors import StreamerError
+from streamer.guess import SOURCES
 from streamer.loading import expert_count, load_streamed
 from streamer.run import DEMO
 from streamer.store import Store
@@ -56,8 +57,10 @@ def test_every_family_keeps_its_bits(family: str, tmp_path: Path) -> None:
     count = expert_count(path)
     expected = passes(load_streamed(path))
     resumed = 0
-    for share, way in ((0.25, "lookahead"), (0.5, "rehearse"), (0.5, "lookahead"), (0.75, "auto")):
-        model = load_streamed(path, slots=int(count * share), executor=way)  # type: ignore[arg-type]
+    ways = (0.25, "lookahead"), (0.5, "rehearse"), (0.5, "lookahead"), (0.75, "auto")
+    for share, way in ways:
+        guess = ",".join(SOURCES) if share == 0.5 else "auto"
+        model = load_streamed(path, slots=int(count * share), executor=way, guess=guess)  # type: ignore[arg-type]
         assert same(expected, passes(model))
         counters = model.streamer.counters
         resumed += counters.rehearsed_misses

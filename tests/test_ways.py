@@ -8,7 +8,7 @@ import pytest
 from streamer.ways import DELAY, FIRST, GUESSES, Effort, Pace, Seen, Way, Ways
 
 pytestmark = pytest.mark.smoke
-WAYS: tuple[Way, ...] = ("layerwise", "lookahead", "rehearse")
+WAYS: tuple[Way, ...] = ("layerwise", "lookahead", "guess", "rehearse")
 
 
 def run(ways: Ways, passes: int, cost: Callable[[Way], Seen]) -> list[Way]:
@@ -38,8 +38,8 @@ def test_it_finds_the_fastest_way_and_trials_cost_little(best: Way) -> None:
 def test_nothing_is_tried_where_nothing_can_be_gained() -> None:
     slow = {"lookahead": 1.2}
     ways = Ways()
-    run(ways, 100, lambda way: Seen(slow.get(way, 1.0), waited=0.01, missing=6))
-    chosen = run(ways, 500, lambda way: Seen(slow.get(way, 1.0), waited=0.01, missing=6))
+    run(ways, 100, lambda way: Seen(slow.get(way, 1.0), waited=0.05, missing=6))
+    chosen = run(ways, 500, lambda way: Seen(slow.get(way, 1.0), waited=0.05, missing=6))
     assert set(chosen) == {"layerwise"}
     assert "rehearse" not in run(Ways(), 500, lambda _: Seen(1.0, waited=0.4, missing=6))
 
@@ -67,15 +67,12 @@ def test_reads_are_expected_to_take_what_they_took() -> None:
     pace = Pace()
     assert pace.left(1000, 0.0) == 0.0  # nothing is known
     for _ in range(50):
-        pace.saw(1000, 2.0, waited=True)
+        pace.saw(1000, 2.0)
     assert pace.left(1000, 0.0) == pytest.approx(2.0)
     assert pace.left(3000, 1.0) == pytest.approx(5.0)
     assert pace.left(1000, 9.0) == 0.0
-    for _ in range(50):
-        pace.saw(1000, 7.0, waited=False)  # it was looked for late: that says nothing
-    assert pace.left(1000, 0.0) == pytest.approx(2.0)
     for _ in range(100):
-        pace.saw(1000, 1.0, waited=False)  # it came sooner than expected
+        pace.saw(1000, 1.0)
     assert pace.left(1000, 0.0) == pytest.approx(1.0, rel=0.01)
 
 
@@ -84,7 +81,7 @@ def test_guesses_under_way_hold_up_a_demand_no_longer_than_said() -> None:
     assert pace.allowance() == GUESSES
     for bandwidth, expected in ((5e9, GUESSES), (1e9, DELAY * 1e9), (0.1e9, GUESSES // 4)):
         pace = Pace()
-        pace.saw(1 << 20, (1 << 20) / bandwidth, waited=True)
+        pace.saw(1 << 20, (1 << 20) / bandwidth)
         assert pace.allowance() == pytest.approx(expected, rel=0.01)
 
 
@@ -93,7 +90,7 @@ def test_where_no_wait_is_long_enough_nothing_is_done_but_once_in_a_while() -> N
     for _ in range(20):
         effort.looked(1.0)
         effort.resumed(0.5)
-        pace.saw(10, 0.5, waited=True)
+        pace.saw(10, 0.5)
     assert pace.long() == pytest.approx(1.0)
     assert effort.worth(1.6)
     done = []

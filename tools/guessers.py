@@ -3,9 +3,10 @@
     python -m tools.trace guess demo.routes --pool 25%,50%
 
 A guess names the absent experts of a layer before the layer is reached; it is scored
-against those that were then missed on an LRU pool, which the guess itself does not
-fill. previous: what the token before chose; frequency: the layer's most used so far;
-token: what this layer chose the last time that this token id was put in.
+against those that were then missed on the runtime's pool, which the guess itself does not
+fill. The guessers are the runtime's own (`streamer.guess`); what they say at the beginning
+of a pass is taken whatever its strength. The next layer's router and rehearsals need the
+model and are scored where they run: `--guess` and `--stats`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamer.errors import UsageError
+from streamer.guess import Frequency, Guesser, Moment, Previous, Token
 from streamer.replay import replay
 from streamer.routes import Call, Routes
 
@@ -39,55 +41,10 @@ class Score:
         return self.right / self.named if self.named else 0.0
 
 
-class Previous:
-    """The choices of the last row that was kept."""
-
-    def __init__(self, routes: Routes):
-        self._last: dict[int, np.ndarray] = {}
-
-    def guess(self, layer: int, tokens: np.ndarray) -> np.ndarray:
-        return self._last.get(layer, np.zeros(0, np.int64))
-
-    def learn(self, layer: int, tokens: np.ndarray, experts: np.ndarray) -> None:
-        self._last[layer] = np.unique(experts[-1])
-
-
-class Frequency:
-    """Twice as many as a row asks of a layer, by uses since the start."""
-
-    def __init__(self, routes: Routes):
-        self._uses = [np.zeros(n, dtype=np.int64) for n in routes.counts]
-        self._count = 2 * routes.top_k
-
-    def guess(self, layer: int, tokens: np.ndarray) -> np.ndarray:
-        uses = self._uses[layer]
-        best = np.argsort(-uses, kind="stable")[: self._count]
-        return best[uses[best] > 0]
-
-    def learn(self, layer: int, tokens: np.ndarray, experts: np.ndarray) -> None:
-        np.add.at(self._uses[layer], experts.reshape(-1), 1)
-
-
-class Token:
-    """A memory by token id: what each layer chose when this token was last put in."""
-
-    def __init__(self, routes: Routes):
-        self._seen: dict[tuple[int, int], np.ndarray] = {}
-
-    def guess(self, layer: int, tokens: np.ndarray) -> np.ndarray:
-        known = [self._seen[layer, t] for t in tokens.tolist() if (layer, t) in self._seen]
-        return np.unique(np.concatenate([np.zeros(0, np.int64), *known]))
-
-    def learn(self, layer: int, tokens: np.ndarray, experts: np.ndarray) -> None:
-        for token, row in zip(tokens.tolist(), experts, strict=True):
-            self._seen[layer, token] = row.astype(np.int64)
-
-
-Guesser = Previous | Frequency | Token
 GUESSERS: dict[str, Callable[[Routes], Guesser]] = {
-    "previous": Previous,
-    "frequency": Frequency,
-    "token": Token,
+    "previous": lambda routes: Previous(len(routes.counts)),
+    "frequency": lambda routes: Frequency(routes.counts, routes.top_k),
+    "token": lambda routes: Token(len(routes.counts), routes.top_k),
 }
 
 
@@ -103,17 +60,27 @@ def score(
     scores = [Score(name, sum(slots)) for name in names]
     guessers = [GUESSERS[name](routes) for name in names]
 
+    begun = -1
+    named: list[dict[int, set[int]]] = [{} for _ in guessers]  # by layer, of the pass at hand
+
     def on_call(call: Call, absent: np.ndarray, missed: np.ndarray) -> None:
+        nonlocal begun
         step = routes.passes[call.step]
         if call.layer >= routes.head:
             return
-        for guesser, found in zip(guessers, scores, strict=True):
+        if call.step != begun:
+            begun = call.step
+            for guesser, of_layers in zip(guessers, named, strict=True):
+                of_layers.clear()
+                for layer, expert, _ in guesser.guess(Moment(step.tokens)):
+                    of_layers.setdefault(layer, set()).add(expert)
+        for guesser, found, of_layers in zip(guessers, scores, named, strict=True):
             if step.kind != "prefill":
-                named = np.intersect1d(guesser.guess(call.layer, step.tokens), absent)
+                guesses = of_layers.get(call.layer, set()) & set(absent.tolist())
                 found.misses += len(missed)
-                found.named += len(named)
-                found.right += len(np.intersect1d(named, missed))
-            guesser.learn(call.layer, step.tokens[: step.kept], call.experts[: step.kept])
+                found.named += len(guesses)
+                found.right += len(guesses & set(missed.tolist()))
+            guesser.observe(call.layer, step.tokens[: step.kept], call.experts[: step.kept])
 
     replay(routes, slots, on_call=on_call)
     return scores

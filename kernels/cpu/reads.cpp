@@ -303,6 +303,7 @@ void Reads::finish(ReadBatch& batch, int runs) {
       }
       {
         std::lock_guard hold(lock_);
+        batch.ended = now();
         batch.left.store(0, std::memory_order_release);
       }
       landed_.notify_all();

@@ -53,7 +53,7 @@ struct ReadBatch {
   std::vector<Widening> widenings;
   std::atomic<int> left{0};
   size_t next = 0;  // the first run that is not begun
-  double asked = 0, deadline = 0;
+  double asked = 0, deadline = 0, ended = 0;  // when
   uint64_t number = 0;
   bool guess = false, queued = false;
   int state = reading_fine;  // or errno; under the engine's lock

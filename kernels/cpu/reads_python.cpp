@@ -53,6 +53,7 @@ Ticket* submit(
 void bind_reads(nb::module_& m) {
   nb::class_<Ticket>(m, "ReadTicket")
       .def_prop_ro("done", &Ticket::done)
+      .def_prop_ro("seconds", &Ticket::seconds)
       .def("wait", &Ticket::wait, "Until nothing of it is under way any more.")
       .def("error", &Ticket::error)
       .def("promote", [](Ticket& t) { t.reads->promote(t.batch); })

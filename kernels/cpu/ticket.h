@@ -31,6 +31,9 @@ struct Ticket {
 
   bool done() const { return batch->left.load(std::memory_order_acquire) == 0; }
 
+  // From when it was asked for until all was there.
+  double seconds() const { return done() ? batch->ended - batch->asked : 0; }
+
   void wait() {
     while (!done()) {
       {
