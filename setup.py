@@ -10,11 +10,13 @@ import importlib.util
 import os
 import platform
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("kernels", "cpu")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -28,6 +30,7 @@ X86 = {
     "avx512": AVX512,
     "vnni": VNNI,
     "vbmi": [*VNNI, "-mavx512vbmi"],
+    "amx": [*VNNI, "-mgfni", "-mamx-tile", "-mamx-int8"],
 }
 
 
@@ -49,7 +52,21 @@ def flags(source: str) -> list[str]:
 class BuildKernels(build_ext):
     """Compiles each source with its own flags, all at once."""
 
+    def knows_tiles(self) -> bool:
+        """Whether compiler and assembler have AMX; without it that set is left out."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "tiles.cpp")
+            source.write_text('void release() { asm volatile("tilerelease"); }')
+            try:
+                self.compiler.compile([str(source)], folder, extra_postargs=X86["amx"])
+            except CompileError:
+                return False
+            return True
+
     def build_extension(self, ext: Extension) -> None:
+        if platform.machine().lower() in ("x86_64", "amd64") and not self.knows_tiles():
+            X86["amx"] = VNNI
+
         def compiled(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],

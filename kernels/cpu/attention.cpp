@@ -68,10 +68,10 @@ void finish(const Attend& call, int head, int r, const Sum& sum) {
 
 const AttendSteps& attend_steps() {
 #if defined(__x86_64__)
-  if (isa().starts_with("avx512")) return attend_avx512();
-  if (isa() == "avx2") return attend_avx2();
+  if (level() >= Level::avx512) return attend_avx512();
+  if (level() == Level::avx2) return attend_avx2();
 #elif defined(__aarch64__)
-  if (isa() == "neon") return attend_neon();
+  if (level() == Level::neon) return attend_neon();
 #endif
   return attend_portable();
 }

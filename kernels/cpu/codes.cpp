@@ -18,10 +18,10 @@ constexpr int widest = 512; // channels whose products of bytes can't leave 32 b
 
 const CodeSteps& code_steps() {
 #if defined(__x86_64__)
-  if (isa().starts_with("avx512")) return codes_avx512();
-  if (isa() == "avx2") return codes_avx2();
+  if (level() >= Level::avx512) return codes_avx512();
+  if (level() == Level::avx2) return codes_avx2();
 #elif defined(__aarch64__)
-  if (isa() == "neon") return codes_neon();
+  if (level() == Level::neon) return codes_neon();
 #endif
   return codes_portable();
 }
@@ -30,8 +30,8 @@ const CodeSteps& code_steps() {
 const ByteSteps* byte_steps() {
 #if defined(__x86_64__)
   static const bool known = __builtin_cpu_supports("avx512vbmi");
-  if (known && isa() == "avx512vnni") return &codes_vbmi();
-  if (isa() == "avx2") return &codes_madd();
+  if (known && level() >= Level::vnni) return &codes_vbmi();
+  if (level() == Level::avx2) return &codes_madd();
 #endif
   return nullptr;
 }

@@ -4,6 +4,15 @@
 
 #include "rows.h"
 #include "steps.h"
+#include "tiles.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace streamer {
 
@@ -11,6 +20,7 @@ namespace {
 
 struct Choice {
   std::string name;
+  Level level;
   const Rows* rows;
   const Steps* steps;
 };
@@ -25,13 +35,15 @@ const std::vector<Choice>& choices() {
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    if (vnni) out.push_back({"avx512vnni", &rows_vnni(), &steps_avx512()});
-    if (avx512) out.push_back({"avx512", &rows_avx512(), &steps_avx512()});
-    if (avx2) out.push_back({"avx2", &rows_maddubs(), &steps_avx2()});
+    const Rows* amx = vnni && __builtin_cpu_supports("gfni") ? rows_amx() : nullptr;
+    if (amx && tiles_granted()) out.push_back({"amx", Level::amx, amx, &steps_avx512()});
+    if (vnni) out.push_back({"avx512vnni", Level::vnni, &rows_vnni(), &steps_avx512()});
+    if (avx512) out.push_back({"avx512", Level::avx512, &rows_avx512(), &steps_avx512()});
+    if (avx2) out.push_back({"avx2", Level::avx2, &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)
-    out.push_back({"neon", &rows_neon(), &steps_neon()});
+    out.push_back({"neon", Level::neon, &rows_neon(), &steps_neon()});
 #endif
-    out.push_back({"portable", &rows_portable(), &steps_portable()});
+    out.push_back({"portable", Level::portable, &rows_portable(), &steps_portable()});
     return out;
   }();
   return found;
@@ -55,6 +67,23 @@ const Choice*& current() {
 
 } // namespace
 
+#if defined(__x86_64__)
+bool tiles_granted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  static const bool granted = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned tiles = 1u << 24, bytes = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (tiles | bytes)) return false;
+    constexpr int ask = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Choice& choice : choices()) names.push_back(choice.name);
@@ -63,6 +92,10 @@ std::vector<std::string> isas() {
 
 const std::string& isa() {
   return current()->name;
+}
+
+Level level() {
+  return current()->level;
 }
 
 bool set_isa(const std::string& name) {

@@ -59,5 +59,6 @@ const Rows& rows_maddubs();
 const Rows& rows_avx512();
 const Rows& rows_vnni();
 const Rows& rows_neon();
+const Rows* rows_amx(); // null where the compiler does not know the tiles
 
 } // namespace streamer
