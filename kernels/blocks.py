@@ -2,7 +2,7 @@
 
 `places` lists what `kernels.fast` puts in: dense linears, routed experts (`kernels.routed`) and
 SwiGLU of every family, of Qwen3-Next and Qwen3.5 also the layers (`kernels.qwen`) and the model
-(`kernels.segments`). Float32 on the CPU; what else comes (training, masks, padded batches, other
+(`kernels.plans`). Float32 on the CPU; what else comes (training, masks, padded batches, other
 activations) goes to mlx-lm's own code, which is also the reference. Rows give the same bits
 whatever comes with them.
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3_5, qwen3_next, switch_layers
 
-from . import backend, qwen, routed, segments
+from . import backend, plans, qwen, routed
 from .weights import MLXLM, float32
 
 
@@ -32,7 +32,7 @@ def places() -> list[tuple[Any, str, Any]]:
         (qwen3_next.Qwen3NextRMSNormGated, "__call__", qwen.norm),
         (qwen3_5.GatedDeltaNet, "__call__", qwen.delta),
         (qwen3_5.DecoderLayer, "__call__", qwen.layer),
-        (qwen3_5.TextModel, "__call__", segments.text_model),
+        (qwen3_5.TextModel, "__call__", plans.text_model),
     ]
     # Families import these two by name.
     by_name = {"swiglu": swiglu, "gated_delta_update": qwen.gated_delta_update}

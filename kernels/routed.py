@@ -89,6 +89,16 @@ def _layers_of(self: nn.Module, switch: nn.Module) -> Layers | None:
     )
 
 
+def fused_width(self: nn.Module) -> int:
+    """What gate and up give for a row: of its experts and the shared one."""
+    # Not the stacks' own weights: a paged switch has none.
+    experts = self["switch_mlp"]
+    inner = getattr(experts, "pager", None)
+    gate = (experts if inner is None else inner.switch)["gate_proj"]
+    shared = self["shared_expert"]["gate_proj"]
+    return int(self.top_k * gate["weight"].shape[-2] + shared["weight"].shape[-2])
+
+
 def _made(kind: Any, self: nn.Module, layers: Layers, norm: nn.Module | None) -> Any:
     groups = [group(*some) for some in layers]
     if None in groups:
@@ -106,8 +116,7 @@ def whole_moe(self: nn.Module, rows: int, norm: nn.Module | None) -> Any:
     layers = _layers_of(self, self["switch_mlp"])
     if layers is None:
         return None
-    width = self.top_k * layers[1][0]["weight"].shape[-2] + layers[2][0]["weight"].shape[-2]
-    if not 0 < rows * width <= FUSED_FLOATS:
+    if not 0 < rows * fused_width(self) <= FUSED_FLOATS:
         return None
     key = parts(*layers[0], *layers[1], *layers[2])
     if norm is not None:

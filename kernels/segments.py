@@ -1,39 +1,28 @@
-"""Qwen3.5's decoder layers in a row as one operation: a step of one token in as few as can be.
+"""Qwen3.5's decoder layers in a row as one operation, and the states that it takes and gives.
 
-Embedding, all layers, the last norm and the head are one operation where every expert is in memory.
 Where experts are paged a segment ends with what a router chose and the next begins with those
-experts, computed at once and not by MLX's graph, since the choice is read back anyway. Layers that
-do not fit (other caches, a tape, a rehearsal's layers) run one by one, as `kernels.qwen` has them,
-with the same bits; so do passes over several tokens. An operation is made once for a model and used
-while its modules hold the very arrays that it was made of.
+experts, computed at once and not by MLX's graph, since the choice is read back anyway. Rows of a
+pass can be taken back where a `Tape` was given: keys and values are cut, and for the states of gated
+delta nets the pass leaves what they were made of. `kernels.plans` makes segments of a model.
 
     python -m pytest tests/test_kernels_segments.py
 """
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import qwen3_5, qwen3_next
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import KVCache
 
-from . import backend, qwen
-from .routed import paged_moe, whole_moe
-from .weights import MLXLM, float32, form_of, group
+from . import backend
 
-TOKENS = (mx.int32, mx.uint32)
-Kinds = tuple[type, ...]  # of the caches, and of the layers
-Masks = tuple[Any, Any]  # of gated delta nets, of attention
-Run = Callable[[mx.array, Sequence[Any], Masks], mx.array]
 Arrivals = Sequence[tuple[Sequence[int], Any]]  # pairs of row and choice, the ticket of their reads
+Seen = Callable[[mx.array, mx.array], None]  # x before the last norm and after it
 
 
 class Pager(Protocol):
@@ -47,6 +36,9 @@ class Pager(Protocol):
     def arrived(self, waited: float) -> None:
         """What was fetched has been used; seconds waited for it. Raises where a read failed."""
 
+    def takes(self, pairs: int) -> bool:
+        """Whether so many experts at most can be fetched at once."""
+
     def idle(self) -> bool:
         """Whether to rehearse what follows while that which was fetched is still being read."""
 
@@ -57,229 +49,33 @@ class Pager(Protocol):
         """Whether to rehearse one more."""
 
 
-def text_model(
-    self: nn.Module,
-    inputs: mx.array,
-    cache: Sequence[Any] | None = None,
-    input_embeddings: mx.array | None = None,
-) -> mx.array:
-    """Qwen3.5's TextModel: tokens [B, T] -> logits [B, T, V]."""
-    plain = input_embeddings is None and cache is not None and not self.training
-    if plain and inputs.ndim == 2 and inputs.shape[1] == 1 and inputs.size:
-        assert cache is not None
-        plan = _plan(self, cache)
-        if plan is not None and (inputs.size == 1 or not plan.paged):
-            return plan(inputs, cache)
-    return MLXLM["text"](self, inputs, cache, input_embeddings)
+class Tape:
+    """What a pass of several rows in segments did to its caches, so that rows can be taken back."""
 
+    def __init__(self) -> None:
+        self._left: list[tuple[Row, Sequence[Any], list[mx.array], mx.array | None, int]] = []
 
-@dataclass(frozen=True)
-class Plan:
-    """How a model's layers run: in order, each taking what the one before gave."""
+    def note(
+        self,
+        row: Row,
+        cache: Sequence[Any],
+        states: list[mx.array],
+        tape: mx.array | None,
+        rows: int,
+    ) -> None:
+        """A segment has run: its states before, and what it left."""
+        self._left.append((row, cache, states, tape, rows))
 
-    masks: Callable[[mx.array, Sequence[Any]], Masks]
-    embed: Callable[[mx.array], mx.array] | None  # None: part of the first run
-    runs: list[Run]
-    last: Callable[[mx.array], mx.array] | None  # norm and head, None: part of the last
-    paged: bool  # then for one row only
-    kept: bool  # all weights are there
-
-    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
-        x = tokens if tokens.dtype in TOKENS else tokens.astype(mx.int32)
-        masks = self.masks(x, cache)
-        if self.embed is not None:
-            x = self.embed(x)
-        for run in self.runs:
-            x = run(x, cache, masks)
-        return x if self.last is None else self.last(x)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A plan, or that there is none, and what it was made of."""
-
-    parts: tuple[Any, ...]
-    unchanged: Any
-    plan: Plan | None
-
-    def holds(self, parts: tuple[Any, ...]) -> bool:
-        return all(map(operator.is_, self.parts, parts)) and self.unchanged.holds()
-
-
-_plans: dict[int, tuple[weakref.ref[Any], dict[Kinds, _Kept]]] = {}
-
-
-def _plan(self: nn.Module, cache: Sequence[Any]) -> Plan | None:
-    """The model's plan for such caches, made again where anything of the model has changed."""
-    if qwen3_5.gated_delta_update is not qwen.gated_delta_update:
-        return None  # somebody keeps a tape
-    if qwen.keep_half is not None:
-        return None  # somebody stands before the layers
-    number = id(self)
-    if number not in _plans:
-        _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None)), {}
-    parts = self["model"], self.get("lm_head")
-    # By layers too: a rehearsal changes their classes and changes them back.
-    plans, kinds = _plans[number][1], (*map(type, cache), *map(type, parts[0]["layers"]))
-    held = plans.get(kinds)
-    if held is None or not held.holds(parts):
-        plan = _made(self, kinds)
-        if plan is not None and not plan.kept:  # it would hold what its weights come from
-            return None
-        containers = [c for part in parts if part is not None for c in _containers(part)]
-        unchanged = backend.native().Unchanged(containers)  # type: ignore[union-attr]
-        held = plans[kinds] = _Kept(parts, unchanged, plan)
-    padded = any(
-        c.lengths is not None or c.left_padding is not None for c in cache if type(c) is ArraysCache
-    )
-    return None if padded else held.plan
-
-
-def _containers(found: Any) -> Iterator[Any]:
-    """All modules, dictionaries and lists in `found`."""
-    if isinstance(found, dict | list):
-        yield found
-        for value in found.values() if isinstance(found, dict) else found:
-            yield from _containers(value)
-
-
-def _made(self: nn.Module, kinds: Kinds) -> Plan | None:
-    """A plan, None where no two layers would be in one operation."""
-    inner = self["model"]
-    layers = inner["layers"]
-    if inner.pipeline_size != 1 or self.sharding_group is not None:
-        return None
-    if 2 * len(layers) != len(kinds):
-        return None
-    parts = [_parts_of_layer(*pair) for pair in zip(layers, kinds, strict=False)]
-    runs: list[Run] = []
-    at, kept = 0, True
-    lm_head = self.get("lm_head")
-    embed: Callable[[mx.array], mx.array] | None = inner["embed_tokens"]
-    last: Callable[[mx.array], mx.array] | None = _ending(inner, lm_head)
-    while at < len(layers):
-        end = at
-        while end < len(layers) and parts[end] is not None:
-            end += 1
-        if end == at:
-            runs.append(_layer(layers[at], at))
-            at += 1
-            continue
-        first = last_part = None
-        if at == 0 and (first := _embedding(inner["embed_tokens"])) is not None:
-            embed = None
-        if end == len(layers) and (last_part := _head(inner, lm_head)) is not None:
-            last = None
-        rows = _rows(layers, parts, range(at, end), first, last_part)
-        kept = kept and all(row.kept for row in rows)
-        runs.append(rows[0] if rows[0].pager is None else Pages(rows))
-        at = end
-    if all(not isinstance(run, Row | Pages) for run in runs):
-        return None
-    paged = any(isinstance(run, Pages) for run in runs)
-    masks = _masks(inner, any(not isinstance(run, Row | Pages) for run in runs))
-    return Plan(masks, embed, runs, last, paged, kept)
-
-
-def _rows(
-    layers: Sequence[nn.Module], parts: Sequence[Any], indices: range, embedding: Any, head: Any
-) -> list[Row]:
-    """Segments of these layers, each but the last ending with a choice to be read back."""
-    native = backend.native()
-    assert native is not None
-    width = layers[0]["input_layernorm"]["weight"].shape[0]
-    rows: list[Row] = []
-    ops: list[Any] = []
-    held: list[tuple[int, bool]] = []
-    options: dict[str, Any] = {} if embedding is None else {"embedding": embedding}
-    for i in indices:
-        first, second, pager = parts[i]
-        held.append((i, layers[i].is_linear))
-        ops.append(first)
-        if pager is None:
-            ops.append(second)
-            continue
-        rows.append(Row(native.Segment(width, ops, router=second, **options), held, layers, pager))
-        ops, held, options = [], [], {"chosen": second}
-    if head is not None:
-        options["head"] = head
-    rows.append(Row(native.Segment(width, ops, **options), held, layers, None))
-    return rows
-
-
-def _ending(inner: nn.Module, lm_head: nn.Module | None) -> Callable[[mx.array], mx.array]:
-    head = inner["embed_tokens"].as_linear if lm_head is None else lm_head
-    return lambda x: head(inner["norm"](x))
-
-
-def _masks(inner: nn.Module, alone: bool) -> Callable[[mx.array, Sequence[Any]], Masks]:
-    """What the model makes for layers that run alone."""
-
-    def made(x: mx.array, cache: Sequence[Any]) -> Masks:
-        return (
-            create_ssm_mask(x, cache[inner.ssm_idx]),
-            create_attention_mask(x, cache[inner.fa_idx]),
-        )
-
-    return made if alone else lambda x, cache: (None, None)
-
-
-def _layer(layer: nn.Module, index: int) -> Run:
-    return lambda x, cache, masks: layer(x, masks[not layer.is_linear], cache[index])
-
-
-def _embedding(embedding: nn.Module) -> Any:
-    """What an op looks tokens up in, None where it cannot."""
-    if type(embedding) is nn.Embedding:
-        weight = embedding["weight"]
-        return ([(weight, None, None)], 0, 32, "") if float32(weight) else None
-    if not isinstance(embedding, nn.QuantizedEmbedding) or embedding.mode != "affine":
-        return None
-    arrays = embedding["weight"], embedding["scales"], embedding["biases"]
-    gives = getattr(type(embedding), "gives", None)  # where rows are wider than scales
-    form = form_of(embedding.mode, embedding.group_size, embedding.bits)
-    wide = float32(*arrays[1:]) if gives is None else gives == mx.float32
-    return ([arrays], *form) if form and wide else None
-
-
-def _head(inner: nn.Module, lm_head: nn.Module | None) -> Any:
-    """The last norm and the head, None where somebody watches the norm or there is no kernel."""
-    norm = inner["norm"]
-    head = inner["embed_tokens"] if lm_head is None else lm_head
-    plain = type(head) is nn.QuantizedLinear
-    if lm_head is None:
-        plain = getattr(type(head), "as_linear", None) is nn.QuantizedEmbedding.as_linear
-    if type(norm) is not nn.RMSNorm or not plain or not float32(norm["weight"]):
-        return None
-    found = group(head)
-    return None if found is None else ((norm["weight"], norm.eps), found)
-
-
-def _parts_of_layer(layer: nn.Module, kind: type) -> tuple[Any, Any, Pager | None] | None:
-    """The ops of a layer's halves and who pages its experts, None where it must run on its own."""
-    if type(layer) is not qwen3_5.DecoderLayer:
-        return None
-    block, norm = layer["mlp"], layer["post_attention_layernorm"]
-    if type(block) is not qwen3_next.Qwen3NextSparseMoeBlock or block.sharding_group is not None:
-        return None
-    if not float32(norm["weight"]):
-        return None
-    first = None
-    if layer.is_linear and kind is ArraysCache:
-        net = layer["linear_attn"]
-        if type(net) is qwen3_5.GatedDeltaNet and net.head_k_dim in qwen.KEY_WIDTHS:
-            first = qwen.whole_delta(net, layer["input_layernorm"])
-        if net.sharding_group is not None:
-            return None
-    elif not layer.is_linear and kind is KVCache:
-        first = qwen.whole_attention(layer["self_attn"], layer["input_layernorm"])
-    pager = getattr(block["switch_mlp"], "pager", None)
-    second = whole_moe(block, 1, norm) if pager is None else paged_moe(block, pager.switch, norm)
-    return None if first is None or second is None else (first, second, pager)
+    def rollback(self, kept: int) -> set[int]:
+        """Caches of segments as after the first `kept` >= 1 rows; their ids. Once only."""
+        done: set[int] = set()
+        for row, cache, states, tape, rows in self._left:
+            done |= row.rewind(cache, states, tape, rows, kept)
+        return done
 
 
 class Row:
-    """A segment of layers and the states that it takes and gives."""
+    """A segment of layers and the states that it takes and gives. It holds no model."""
 
     def __init__(
         self,
@@ -287,9 +83,13 @@ class Row:
         layers: list[tuple[int, bool]],
         modules: Sequence[nn.Module],
         pager: Pager | None,
+        seen: Seen | None = None,
     ):
-        """layers: (index, whether it is a gated delta net) of each; pager: of what it ends with."""
-        self._op, self._layers, self.pager = op, layers, pager
+        """layers: (index, whether it is a gated delta net) of each; pager: of what it ends with.
+
+        seen: is told of hidden states, which the op then gives behind the logits.
+        """
+        self._op, self._layers, self.pager, self._seen = op, layers, pager, seen
         nets = {i: modules[i]["linear_attn"] for i, linear in layers if linear}
         self._shapes = {
             i: (
@@ -305,22 +105,30 @@ class Row:
     def kept(self) -> bool:
         return self._op.kept
 
-    def __call__(self, x: mx.array, cache: Sequence[Any], masks: Masks) -> mx.array:
-        states = self._states(x.shape, cache)
-        return self._taken(self._op([x], *states), states, x.shape[1], cache)[0]
+    def __call__(
+        self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
+    ) -> list[mx.array]:
+        """What the op gives before tape and states, lazily; the caches hold the new states."""
+        states = self._states(inputs[0].shape, cache)
+        out = self._op(inputs, *states, tape is not None)
+        return self._taken(out, states, inputs[0].shape[1], cache, tape)
 
     def now(
-        self, inputs: list[mx.array], cache: Sequence[Any], arrivals: Arrivals
+        self,
+        inputs: list[mx.array],
+        cache: Sequence[Any],
+        arrivals: Arrivals,
+        tape: Tape | None = None,
     ) -> tuple[list[mx.array], float]:
-        """What the op gives before the states, evaluated, and the seconds it waited for reads."""
+        """The same, evaluated, and the seconds it waited for reads."""
         states = self._states(inputs[0].shape, cache)
-        out, waited = self._op.now(inputs, *states, arrivals)
-        return self._taken(out, states, inputs[0].shape[1], cache), waited
+        out, waited = self._op.now(inputs, *states, tape is not None, arrivals)
+        return self._taken(out, states, inputs[0].shape[1], cache, tape), waited
 
     def peek(self, inputs: list[mx.array], cache: Sequence[Any]) -> list[mx.array]:
         """What the op gives before the states, evaluated; the caches hold what they held."""
         states = self._states(inputs[0].shape, cache)
-        out, _ = self._op.now(inputs, *states, ())
+        out, _ = self._op.now(inputs, *states)
         return out[: len(out) - len(states[0])]  # type: ignore[no-any-return]
 
     def _states(
@@ -348,19 +156,57 @@ class Row:
         return states, offset, fresh
 
     def _taken(
-        self, out: list[mx.array], given: tuple[Any, int, Any], rows: int, cache: Sequence[Any]
+        self,
+        out: list[mx.array],
+        given: tuple[list[mx.array], int, Any],
+        rows: int,
+        cache: Sequence[Any],
+        tape: Tape | None,
     ) -> list[mx.array]:
-        """Put the states into the caches; the others."""
+        """Put the states into the caches; what comes before them."""
         at = len(out) - len(given[0])
         states = iter(out[at:])
-        for i, linear in self._layers:
+        before: list[mx.array] = []
+        for j, (i, linear) in enumerate(self._layers):
             one, first, second = cache[i], next(states), next(states)
             if linear:
                 one.cache[0], one.cache[1] = first, second
+                before += given[0][2 * j : 2 * j + 2]
             else:
                 one.keys, one.values, one.offset = first, second, given[1] + rows
                 _appended(one).set(first, second, one.offset)
+        if tape is not None:
+            if before:
+                at -= 1
+            tape.note(self, cache, before, out[at] if before else None, rows)
+        if self._seen is not None:
+            self._seen(*out[1:3])
         return out[:at]
+
+    def rewind(
+        self,
+        cache: Sequence[Any],
+        states: list[mx.array],
+        tape: mx.array | None,
+        rows: int,
+        kept: int,
+    ) -> set[int]:
+        """The caches as after the first `kept` of the last pass's `rows`; their ids.
+
+        states, tape: of the gated delta nets before it, and what it left.
+        """
+        moved = iter(() if tape is None else self._op.rewind(states, tape, rows, kept))
+        for i, linear in self._layers:
+            one = cache[i]
+            if linear:
+                one.cache[0], one.cache[1] = next(moved), next(moved)
+                continue
+            own = _appended(one)
+            ours = own.goes_on(one.keys, one.values, one.offset)
+            one.trim(rows - kept)
+            if ours:  # nobody else has seen what is written over
+                own.set(one.keys, one.values, one.offset)
+        return {id(cache[i]) for i, _ in self._layers}
 
 
 class Pages:
@@ -369,13 +215,19 @@ class Pages:
     def __init__(self, rows: list[Row]):
         self._rows = rows
 
-    def __call__(self, x: mx.array, cache: Sequence[Any], masks: Masks) -> mx.array:
-        inputs: list[mx.array] = [x]
+    def takes(self, choices: int) -> bool:
+        """Whether a pass with so many choices of experts in a layer can be run."""
+        return all(row.pager is None or row.pager.takes(choices) for row in self._rows)
+
+    def __call__(
+        self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
+    ) -> list[mx.array]:
+        """As `Row`'s, but evaluated."""
         arrivals: Arrivals = ()
         before: Pager | None = None
         rehearsed: tuple[int, list[mx.array]] = (0, [])
         for at, row in enumerate(self._rows, 1):
-            out, waited = row.now(inputs, cache, arrivals)
+            out, waited = row.now(inputs, cache, arrivals, tape)
             if before is not None:
                 before.arrived(waited)
             before = row.pager
@@ -387,7 +239,7 @@ class Pages:
                     if rehearsed[0] <= at:
                         rehearsed = at, _without(inputs, arrivals)
                     rehearsed = self._rehearse(before, *rehearsed, cache)
-        return out[0]
+        return out
 
     def _rehearse(
         self, waiting: Pager, at: int, inputs: list[mx.array], cache: Sequence[Any]

@@ -38,7 +38,11 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __call__(self, x: mx.array) -> mx.array:
             y = super().__call__(x)
-            self.__dict__[_SEEN] = x, y
+            self.seen(x, y)
             return y
+
+        def seen(self, x: mx.array, y: mx.array) -> None:
+            """For who computes the norm with what is around it: what it took and gave."""
+            self.__dict__[_SEEN] = x, y
 
     return Watched

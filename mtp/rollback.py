@@ -10,7 +10,8 @@ again, and a replayed state is bit for bit that of decoding these rows one by on
     tape.rollback(3)                     # as if only the first three tokens had run
 
 mlx-lm's update functions are looked up in the modules of the model at hand and
-replaced while the pass runs. One sequence only (batch 1). A model with a state
+replaced while the pass runs; layers that run in segments (`kernels.plans`) take their
+rows back themselves. One sequence only (batch 1). A model with a state
 of another kind is found by `obstacle` before anything is decoded.
 """
 
@@ -34,6 +35,9 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
     make_prompt_cache,
 )
+
+from kernels import plans
+from kernels.segments import Tape as Segments
 
 
 class RollbackError(RuntimeError):
@@ -74,9 +78,12 @@ class Tape:
         cache: Sequence[Any],
         tokens: mx.array,
         found: Sequence[Place] | None = None,
+        *,
+        segments: bool = True,
     ):
-        """found: `updates(model)`, where it was looked for before."""
+        """found: `updates(model)`, where it was looked for before; segments: layers may run so."""
         self._model, self._found = model, found
+        self._segments = Segments() if segments else None
         self._rows = tokens.shape[1]
         self._caches = list(leaves(cache))
         states = (c for c in self._caches if type(c) is ArraysCache)
@@ -90,6 +97,8 @@ class Tape:
             return self
         _patching.acquire()
         self._thread = threading.get_ident()
+        if self._segments is not None:
+            plans.tape = self._segments, self._thread
         for state in self._states.values():
             state.cache.__dict__["_touch"] = self._touch
             state.cache.__class__ = _Taped
@@ -102,6 +111,7 @@ class Tape:
     def __exit__(self, *_: object) -> None:
         if not self._states:
             return
+        plans.tape = None
         for owner, name, original in reversed(self._undo):
             setattr(owner, name, original)
         self._undo.clear()
@@ -128,7 +138,10 @@ class Tape:
         """Leave the caches as after the first `kept` >= 1 rows of the pass. Once only."""
         if kept == self._rows:
             return
+        done = set() if self._segments is None else self._segments.rollback(kept)
         for cache in self._caches:
+            if id(cache) in done:
+                continue
             if id(cache) in self._states:
                 self._states[id(cache)].replay(kept)
             else:
@@ -263,6 +276,8 @@ class _State:
 class _Taped(ArraysCache):
     """An ArraysCache that says when a layer reads or writes it."""
 
+    stands_for = ArraysCache
+
     def __getitem__(self, slot: int) -> Any:
         self.__dict__["_touch"](self, slot, None)
         return self.cache[slot]
@@ -334,7 +349,7 @@ def obstacle(model: nn.Module) -> str | None:
     """
     cache, tokens = make_prompt_cache(model), mx.zeros((1, 3), dtype=mx.int32)
     try:
-        with Tape(model, cache, tokens) as tape:
+        with Tape(model, cache, tokens, segments=False) as tape:
             model(tokens, cache=cache)
         tape.check()
     except RollbackError as error:

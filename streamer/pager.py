@@ -34,6 +34,10 @@ class Pager:
         slots, waiting = self._calls.fetch(self._layer, np.array(ids), x)
         return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
 
+    def takes(self, pairs: int) -> bool:
+        """Whether so many experts at most can be fetched at once."""
+        return self._run.takes(pairs)
+
     def idle(self) -> bool:
         """Whether to rehearse what follows while that which was fetched is still being read."""
         return self._calls.idle()

@@ -14,7 +14,7 @@ from families import make_tiny
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kernels import backend, fast, segments
+from kernels import backend, fast, plans, segments
 from mtp.hidden import take, watch
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
@@ -47,7 +47,7 @@ def decoded(model: Any, cache: list[Any], first: int, count: int) -> list[mx.arr
 
 
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments, "_plan", lambda *_: None)
+    monkeypatch.setattr(plans, "_plan", lambda *_: None)
 
 
 def prompted(model: Any) -> list[Any]:
@@ -71,10 +71,10 @@ def same(ours: list[Any], theirs: list[Any]) -> bool:
 @pytest.mark.smoke
 def test_a_step_is_one_operation(model: Any) -> None:
     cache = prompted(model)
-    plan = segments._plan(text(model), cache)
+    plan = plans._plan(text(model), cache)
     assert plan is not None and plan.embed is None and plan.last is None
     assert len(plan.runs) == 1 and isinstance(plan.runs[0], segments.Row)
-    assert segments._plan(text(model), cache) is plan
+    assert plans._plan(text(model), cache) is plan
 
 
 @pytest.mark.smoke
@@ -173,18 +173,18 @@ def test_a_watched_norm_sees_the_hidden_state(model: Any) -> None:
 def test_a_plan_is_made_again_when_a_part_changes(model: Any) -> None:
     cache = prompted(model)
     before = decoded(model, cache, 7, 1)[0]
-    plan = segments._plan(text(model), cache)
+    plan = plans._plan(text(model), cache)
     gate = text(model).model.layers[1].mlp.shared_expert_gate
     gate.weight = mx.array(gate.weight) + 0
     mx.eval(gate.weight)
-    assert segments._plan(text(model), cache) is not plan
+    assert plans._plan(text(model), cache) is not plan
     layer = text(model).model.layers[0]
     layer.input_layernorm.weight = layer.input_layernorm.weight * 2.0
-    assert segments._plan(text(model), cache) is None  # not yet evaluated: layer by layer
+    assert plans._plan(text(model), cache) is None  # not yet evaluated: layer by layer
     changed = prompted(model)
     after = decoded(model, changed, 7, 1)[0]
     assert not mx.array_equal(before, after)
-    assert segments._plan(text(model), changed) is not None
+    assert plans._plan(text(model), changed) is not None
     layer.input_layernorm.weight = layer.input_layernorm.weight / 2.0
     again = decoded(model, prompted(model), 7, 1)[0]
     assert mx.array_equal(again, before)
@@ -199,7 +199,7 @@ def test_other_caches_run_between_segments(model: Any, monkeypatch: pytest.Monke
 
     cache, own = mixed(), mixed()
     ours = decoded(model, cache, 7, 4)
-    plan = segments._plan(text(model), cache)
+    plan = plans._plan(text(model), cache)
     assert plan is not None and any(not isinstance(run, segments.Row) for run in plan.runs)
     apart(monkeypatch)
     assert same(ours, decoded(model, own, 7, 4))
@@ -221,7 +221,7 @@ def test_rows_of_an_embedding(model: Any, dtype: mx.Dtype) -> None:
 
 def test_what_does_not_fit_is_refused(model: Any) -> None:
     cache = prompted(model)
-    plan = segments._plan(text(model), cache)
+    plan = plans._plan(text(model), cache)
     assert plan is not None
     row: Any = plan.runs[0]
     with pytest.raises(ValueError, match="tokens"):
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
         row._op([mx.zeros((1, 1), dtype=mx.int32)], [], 0, [])
     native = backend.native()
     assert native is not None
-    parts = segments._parts_of_layer(text(model).model.layers[0], ArraysCache)
+    parts = plans.parts_of_layer(text(model).model.layers[0], ArraysCache)
     with pytest.raises(TypeError):
         native.Segment(64, [None])
     with pytest.raises(ValueError, match="differ in width"):

@@ -12,7 +12,7 @@ import pytest
 from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 
-from kernels import backend, segments
+from kernels import backend, plans
 from streamer.engine import generate
 from streamer.errors import StreamerError
 from streamer.loading import load_streamed
@@ -44,7 +44,7 @@ def decode(model: Any, count: int = 12) -> tuple[list[int], list[mx.array]]:
 
 
 def plan_of(model: Any) -> Any:
-    return segments._plan(model.language_model, make_prompt_cache(model))
+    return plans._plan(model.language_model, make_prompt_cache(model))
 
 
 @pytest.mark.smoke
@@ -56,7 +56,7 @@ def test_bits_and_counters_are_those_of_layers(
     assert plan_of(ours).paged and len(plan_of(ours).runs) == 1 and not plan_of(whole).paged
     tokens, logprobs = decode(ours)
     assert decode(whole)[0] == tokens
-    monkeypatch.setattr(segments, "_plan", lambda *_: None)
+    monkeypatch.setattr(plans, "_plan", lambda *_: None)
     want_tokens, want = decode(own)
     assert tokens == want_tokens
     assert all(mx.array_equal(a, b) for a, b in zip(logprobs, want, strict=True))

@@ -1,5 +1,5 @@
 // What decoder layers are made of: a norm, a block and the sum with what came in, on row-major data.
-// An op runs one of them, or all of a model's (decoder.h), with the same bits.
+// An op runs one of them, or all of a model's (segment.h), with the same bits.
 #pragma once
 
 #include <functional>
@@ -46,7 +46,7 @@ struct Pass {
   const float* before[2] = {};
   float* after[2] = {};
   int offset = 0, room = 0;
-  std::vector<float*> tape; // what a delta rule was given, if wanted
+  std::vector<float*> tape; // its parts, if wanted: see Block
 
   int64_t rows() const {
     return int64_t(B) * T;
@@ -63,6 +63,12 @@ struct Block {
   std::vector<mx::array> weights; // in the order in which the body takes them
   // Shapes of its two states for a batch and, where they are caches, room for so many tokens.
   std::function<std::vector<mx::Shape>(int B, int room)> states;
+  // What a pass may leave so that rows of it can be taken back: floats a row in each part of a tape;
+  // none where there is nothing to take back, or a cache that is cut.
+  std::vector<int64_t> tape;
+  // The states after the first `kept` rows of a pass of one sequence, from those before it and its
+  // tape, bit for bit those of these rows alone.
+  std::function<void(Inputs& weights, const Pass& pass, int kept)> rewind;
 };
 
 // Layouts of weights that are quantized alike, each for its columns; one matrix each.

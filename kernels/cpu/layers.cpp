@@ -1,5 +1,7 @@
 #include "layers.h"
 
+#include <algorithm>
+
 #include "data.h"
 #include "delta.h"
 
@@ -36,7 +38,9 @@ Block block_of(const Norm& norm, const DeltaNet& net) {
   block.states = [=](int B, int) {
     return std::vector<mx::Shape>{{B, taps - 1, C}, {B, Hv, Dv, Dk}};
   };
-  block.body = [=, eps = norm.eps, gain_eps = net.gain_eps](Inputs& next, const Pass& pass) {
+  block.tape = {keys, keys, values, Hv, Hv, C}; // q, k, v, a, b and qkv
+  block.body = [=, parts = block.tape, eps = norm.eps, gain_eps = net.gain_eps](
+                   Inputs& next, const Pass& pass) {
     const int B = pass.B, T = pass.T;
     const bool taped = !pass.tape.empty();
     const Heads heads = heads_of({B, T, Hk, Dk}, {B, T, Hv, Dv}, {B, Hv, Dv, Dk});
@@ -53,17 +57,16 @@ Block block_of(const Norm& norm, const DeltaNet& net) {
         rows * (D + 2 * int64_t(values) + (taped ? 0 : 2 * int64_t(C) + 2 * Hv)));
     float *at = room.data(), *scaled = at, *z = scaled + rows * D, *outs = z + rows * values;
     float* own = outs + rows * values; // of what is given out where it is taped
-    auto part = [&](size_t output, int64_t size) {
-      if (taped) return pass.tape[output];
-      own += rows * size;
-      return own - rows * size;
-    };
-    float *q = part(0, keys), *k = part(1, keys), *v = part(2, values), *a = part(3, Hv),
-          *b = part(4, Hv), *qkv = part(5, C);
+    float* given[6];
+    for (size_t i = 0; i < parts.size(); ++i) {
+      given[i] = taped ? pass.tape[i] : own;
+      own += rows * parts[i];
+    }
+    auto [q, k, v, a, b, qkv] = given;
     norm_rows(x, rows, D, w, eps, scaled);
     multiply_all(A, scaled, rows, {qkv, z, b, a});
     convolve(
-        sizes, [&](int i, int t) { return qkv + (int64_t(i) * T + t) * C; },
+        sizes, [&, qkv = qkv](int i, int t) { return qkv + (int64_t(i) * T + t) * C; },
         [&](int i, int t) { return before + (int64_t(i) * (taps - 1) + t) * C; }, taps_of, q, k, v,
         pass.after[0]);
     update(heads, q, k, v, a, b, a_log, dt_bias, pass.before[1], outs, pass.after[1]);
@@ -72,6 +75,20 @@ Block block_of(const Norm& norm, const DeltaNet& net) {
         [&](int64_t r) { return z + r * Dv; }, gain, gain_eps, z);
     multiply_all({last}, z, rows, {y});
     add_rows(x, rows * D, y);
+  };
+  block.rewind = [=](Inputs& next, const Pass& pass, int kept) {
+    for (int i = 0; i < 2; ++i) next.floats();
+    const float *a_log = next.floats(), *dt_bias = next.floats();
+    const auto& tape = pass.tape;
+    for (int i = 0; i < taps - 1; ++i) { // the last rows of what was convolved
+      const int row = kept + i - (taps - 1);
+      std::copy_n(
+          row < 0 ? pass.before[0] + int64_t(kept + i) * C : tape[5] + int64_t(row) * C, C,
+          pass.after[0] + int64_t(i) * C);
+    }
+    std::vector<float> y(int64_t(kept) * values);
+    update(heads_of({1, kept, Hk, Dk}, {1, kept, Hv, Dv}, {1, Hv, Dv, Dk}), tape[0], tape[1],
+           tape[2], tape[3], tape[4], a_log, dt_bias, pass.before[1], y.data(), pass.after[1]);
   };
   return block;
 }

@@ -112,6 +112,20 @@ class Appended {
   int offset_ = 0;
 };
 
+// Norms of embedded tokens and of hidden states, the product, and whether the states come first.
+using JoinOf = std::tuple<NormOf, NormOf, Group, bool>;
+
+streamer::Entry entry_of(int width, const Group& embedding, const std::optional<JoinOf>& join) {
+  const auto& [weights, group, bits, mode] = embedding;
+  if (weights.size() != 1) throw std::invalid_argument("segment: one embedding");
+  std::optional<streamer::Join> joined;
+  if (join) {
+    const auto& [embedded, hidden, w, swapped] = *join;
+    joined = {norm_of(embedded), norm_of(hidden), alike(w), swapped};
+  }
+  return {width, {streamer::weight_of(weights[0]), group, bits}, joined};
+}
+
 using ArrivalOf = std::tuple<std::vector<int>, const streamer::Ticket*>;
 
 } // namespace
@@ -220,13 +234,14 @@ void bind_layers(nb::module_& m) {
       .def_prop_ro("kept", &streamer::AttentionLayer::kept);
   using Part = std::variant<
       const streamer::DeltaLayer*, const streamer::AttentionLayer*, const streamer::Moe*>;
+  using Call = streamer::SegmentOp::Call;
   nb::class_<streamer::SegmentOp>(m, "Segment", "Decoder layers in a row as one op: see segment.h.")
       .def(
           "__init__",
           [](streamer::SegmentOp* self, int width, const std::vector<Part>& parts,
-             const std::optional<Group>& embedding, const streamer::MoeBlock* chosen,
-             const streamer::MoeBlock* router,
-             const std::optional<std::tuple<NormOf, Group>>& head) {
+             const std::optional<Group>& embedding, const std::optional<JoinOf>& join,
+             const streamer::MoeBlock* chosen, const streamer::MoeBlock* router,
+             const std::optional<std::tuple<NormOf, Group>>& head, bool hidden, bool last) {
             streamer::Segment s;
             s.D = width;
             for (const Part& part : parts) {
@@ -237,31 +252,38 @@ void bind_layers(nb::module_& m) {
                   },
                   part));
             }
-            if (embedding) {
-              const auto& [weights, group, bits, mode] = *embedding;
-              if (weights.size() != 1) throw std::invalid_argument("segment: one embedding");
-              s.embedding = {streamer::weight_of(weights[0]), group, bits};
-            }
+            if (embedding) s.entry = entry_of(width, *embedding, join);
             if (chosen != nullptr) s.chosen = *chosen;
             if (router != nullptr) s.router = *router;
             if (head) s.head = {norm_of(std::get<0>(*head)), alike(std::get<1>(*head))};
+            s.hidden = hidden;
+            s.last = last;
             new (self) streamer::SegmentOp(std::move(s));
           },
           "width"_a,
           "parts"_a,
           nb::kw_only(),
           "embedding"_a = nb::none(),
+          "join"_a = nb::none(),
           "chosen"_a.none() = nb::none(),
           "router"_a.none() = nb::none(),
-          "head"_a = nb::none())
+          "head"_a = nb::none(),
+          "hidden"_a = false,
+          "last"_a = false)
       .def_prop_ro("kept", &streamer::SegmentOp::kept)
       .def(
-          "__call__", &streamer::SegmentOp::operator(), "inputs"_a, "states"_a, "offset"_a,
-          "fresh"_a, "stream"_a = nb::none())
+          "__call__",
+          [](const streamer::SegmentOp& self, std::vector<mx::array> inputs,
+             std::vector<mx::array> states, int offset, std::vector<bool> fresh, bool taped,
+             mx::StreamOrDevice stream) {
+            return self(
+                Call{std::move(inputs), std::move(states), offset, std::move(fresh), taped}, stream);
+          },
+          "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "taped"_a = false, "stream"_a = nb::none())
       .def(
           "now",
-          [](const streamer::SegmentOp& self, const std::vector<mx::array>& inputs,
-             const std::vector<mx::array>& states, int offset, const std::vector<bool>& fresh,
+          [](const streamer::SegmentOp& self, std::vector<mx::array> inputs,
+             std::vector<mx::array> states, int offset, std::vector<bool> fresh, bool taped,
              const std::vector<ArrivalOf>& arrivals) {
             // Waited for by the pairs that need them, in the order given.
             double waited = 0;
@@ -275,15 +297,21 @@ void bind_layers(nb::module_& m) {
                                  waited += took.count();
                                }});
             }
+            const Call call{std::move(inputs), std::move(states), offset, std::move(fresh), taped};
             std::vector<mx::array> out;
             {
               nb::gil_scoped_release free;
-              out = self.now(inputs, states, offset, fresh, waits);
+              out = self.now(call, waits);
             }
             return std::make_pair(std::move(out), waited);
           },
-          "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "arrivals"_a = std::vector<ArrivalOf>(),
-          "At once; arrivals: (pairs, ticket) of experts still being read. And the seconds waited.");
+          "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "taped"_a = false,
+          "arrivals"_a = std::vector<ArrivalOf>(),
+          "At once; arrivals: (pairs, ticket) of experts still being read. And the seconds waited.")
+      .def(
+          "rewind", &streamer::SegmentOp::rewind, "states"_a, "tape"_a, "rows"_a, "kept"_a,
+          "stream"_a = nb::none(),
+          "States of the gated delta nets after the first `kept` of a taped call's rows.");
   m.def(
       "attention_inputs",
       [](const mx::array& x, const NormOf& norm, const Group& projections, const NormOf& q_norm,

@@ -16,6 +16,7 @@ struct Made {
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> types;
   std::vector<bool> shared; // of states: written where they lie
+  size_t first; // of the states
 };
 
 } // namespace
@@ -28,28 +29,29 @@ class SegmentOp::Impl {
     return kept_;
   }
   // Checks what is given and says what comes of it.
-  Made made(
-      const Arrays& inputs,
-      const Arrays& states,
+  Made made(const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const;
+  void run(
+      const Arrays& in,
+      Arrays& out,
       int offset,
-      const std::vector<bool>& fresh,
+      bool taped,
       const std::vector<Arrival>& arrivals) const;
-  void run(const Arrays& in, Arrays& out, int offset, const std::vector<Arrival>& arrivals) const;
+  void rewind(const Arrays& in, Arrays& out, int rows, int kept) const;
+  std::vector<mx::Shape> rewound(const Arrays& states, const mx::array& tape, int rows, int kept) const;
 
-  // Inputs and outputs before the states.
+  // Inputs before the states, outputs before tape and states.
   size_t first_in() const {
-    return s_.chosen ? 5 : 1;
+    return s_.entry ? s_.entry->inputs() : s_.chosen ? 5 : 1;
   }
   size_t first_out() const {
-    return s_.router ? 5 : 1;
+    return s_.router ? 5 : s_.hidden ? 3 : 1;
   }
 
  private:
-  void embed(const mx::array& tokens, const Arrays& weights, float* y) const;
-
   Segment s_;
-  Arrays embedding_, chosen_, router_, head_; // weights
+  Arrays chosen_, router_, head_; // weights
   std::vector<Experts> head_matrix_;
+  int64_t tape_ = 0; // floats a row
   bool kept_ = true;
 };
 
@@ -62,14 +64,22 @@ class SegmentStep : public mx::Primitive {
       mx::Stream stream,
       std::shared_ptr<const SegmentOp::Impl> impl,
       int offset,
+      bool taped,
+      size_t first,
       std::vector<bool> shared)
-      : Primitive(stream), impl_(std::move(impl)), offset_(offset), shared_(std::move(shared)) {}
+      : Primitive(stream),
+        impl_(std::move(impl)),
+        offset_(offset),
+        taped_(taped),
+        first_(first),
+        shared_(std::move(shared)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    const size_t from = impl_->first_in(), to = impl_->first_out();
+    const size_t from = impl_->first_in();
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (i >= to && shared_[i - to] && inputs[from + i - to].flags().row_contiguous) {
-        outputs[i].copy_shared_buffer(inputs[from + i - to]);
+      const size_t state = i - first_;
+      if (i >= first_ && shared_[state] && inputs[from + state].flags().row_contiguous) {
+        outputs[i].copy_shared_buffer(inputs[from + state]);
       } else {
         outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
       }
@@ -78,9 +88,8 @@ class SegmentStep : public mx::Primitive {
     for (const mx::array& a : inputs) in.push_back(mx::array::unsafe_weak_copy(a));
     for (const mx::array& a : outputs) out.push_back(mx::array::unsafe_weak_copy(a));
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [impl = impl_, in = std::move(in), out = std::move(out), offset = offset_]() mutable {
-          impl->run(in, out, offset, {});
-        });
+        [impl = impl_, in = std::move(in), out = std::move(out), offset = offset_,
+         taped = taped_]() mutable { impl->run(in, out, offset, taped, {}); });
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -94,39 +103,22 @@ class SegmentStep : public mx::Primitive {
  private:
   std::shared_ptr<const SegmentOp::Impl> impl_;
   int offset_;
+  bool taped_;
+  size_t first_;
   std::vector<bool> shared_;
 };
 
 } // namespace
 
 SegmentOp::Impl::Impl(Segment segment) : s_(std::move(segment)) {
-  check(!(s_.embedding && s_.chosen) && !(s_.router && s_.head), "segment: it has one beginning and one end");
+  check(!(s_.entry && s_.chosen) && !(s_.router && s_.head), "segment: it has one beginning and one end");
   for (const Block& block : s_.blocks) check(block.D == s_.D, "segment: blocks differ in width");
   for (const auto* moe : {&s_.chosen, &s_.router}) {
     check(!*moe || (*moe)->D() == s_.D, "segment: experts differ in width");
   }
-  if (s_.embedding) {
-    const Embedding& e = *s_.embedding;
-    append(embedding_, e.w);
-    check(e.w.w.ndim() == 2, "segment: wrong axes of an embedding");
-    if (e.w.scales) {
-      check(e.w.biases.has_value(), "segment: an embedding must be affine");
-      for (const auto* a : {&*e.w.scales, &*e.w.biases}) {
-      check(
-          a->dtype() == mx::float32 || a->dtype() == mx::float16 || a->dtype() == mx::bfloat16,
-          "segment: an embedding's scales must be floats");
-    }
-      check(
-          e.w.w.dtype() == mx::uint32 && int64_t(e.w.w.shape(1)) * 32 == int64_t(s_.D) * e.bits &&
-              e.group > 0 && s_.D % e.group == 0 && e.w.scales->shape(1) == s_.D / e.group &&
-              e.w.scales->shape(0) == e.w.w.shape(0) && e.w.biases->shape() == e.w.scales->shape(),
-          "segment: the embedding doesn't fit");
-    } else {
-      check(e.w.w.dtype() == mx::float32 && e.w.w.shape(1) == s_.D, "segment: the embedding doesn't fit");
-    }
-  }
   if (s_.chosen) chosen_ = s_.chosen->expert_weights();
   if (s_.router) router_ = s_.router->routing_weights();
+  check(s_.head || !s_.hidden, "segment: only a head has hidden states");
   if (s_.head) {
     check_norm(s_.head->norm, s_.D, "segment: the last norm doesn't fit");
     head_matrix_ = matrices_of(s_.head->w, {s_.D}, "segment: there must be one head");
@@ -136,25 +128,29 @@ SegmentOp::Impl::Impl(Segment segment) : s_(std::move(segment)) {
   auto look = [&](const Arrays& all) {
     for (const mx::array& a : all) kept_ = kept_ && a.is_available();
   };
-  for (const Arrays* all : {&embedding_, &chosen_, &router_, &head_}) look(*all);
-  for (const Block& block : s_.blocks) look(block.weights);
+  if (s_.entry) look(s_.entry->weights());
+  for (const Arrays* all : {&chosen_, &router_, &head_}) look(*all);
+  for (size_t i = 0; i < s_.blocks.size(); ++i) {
+    const Block& block = s_.blocks[i];
+    look(block.weights);
+    for (int64_t floats : block.tape) tape_ += floats;
+    check(
+        !s_.last || (block.kind == Block::Kind::plain) == (i > 0),
+        "segment: states behind the first block are of all rows");
+  }
 }
 
 Made SegmentOp::Impl::made(
-    const Arrays& inputs,
-    const Arrays& states,
-    int offset,
-    const std::vector<bool>& fresh,
-    const std::vector<Arrival>& arrivals) const {
+    const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const {
+  const auto& [inputs, states, offset, fresh, taped] = call;
   check(kept_, "segment: its weights must be evaluated");
   check(inputs.size() == first_in() && inputs[0].ndim() >= 2, "segment: wrong inputs");
   const mx::array& x = inputs[0];
-  const int B = x.shape(0), T = x.shape(1);
+  const int B = x.shape(0), T = x.shape(1), ends = s_.last ? 1 : T;
   check(B * T > 0 && offset >= 0, "segment: there must be rows");
-  if (s_.embedding) {
-    check(
-        x.ndim() == 2 && (x.dtype() == mx::int32 || x.dtype() == mx::uint32),
-        "segment: tokens must be 32-bit integers");
+  check(B == 1 || !(taped || s_.last), "segment: only of one sequence");
+  if (s_.entry) {
+    s_.entry->check_inputs(inputs);
   } else {
     check(x.dtype() == mx::float32 && x.shape() == mx::Shape{B, T, s_.D}, "segment: x doesn't fit");
   }
@@ -170,13 +166,16 @@ Made SegmentOp::Impl::made(
       for (int pair : arrival.pairs) check(pair >= 0 && pair < B * T * k, "segment: no such pair");
     }
   }
-  Made all{{{B, T, s_.D}}, {}, std::vector<bool>(states.size(), false)};
+  Made all{{{B, ends, s_.D}}, {}, std::vector<bool>(states.size(), false), 0};
   if (s_.router) {
     const int k = s_.router->k();
-    all.shapes.insert(all.shapes.end(), {{B, T, s_.D}, {B, T, k}, {B, T, k}, {B, T, 1}});
+    all.shapes.insert(all.shapes.end(), {{B, ends, s_.D}, {B, ends, k}, {B, ends, k}, {B, ends, 1}});
   }
+  if (s_.hidden) all.shapes.insert(all.shapes.end(), 2, all.shapes[0]);
   if (s_.head) all.shapes[0].back() = head_matrix_[0].A.N;
-  all.types.assign(all.shapes.size(), mx::float32);
+  if (taped && tape_) all.shapes.push_back({static_cast<int>(T * tape_)});
+  all.first = all.shapes.size();
+  all.types.assign(all.first, mx::float32);
   if (s_.router) all.types[2] = mx::int32;
   size_t at = 0;
   for (const Block& block : s_.blocks) {
@@ -201,54 +200,32 @@ Made SegmentOp::Impl::made(
 
 namespace {
 
-template <class T>
-void widen_from(const void* data, int64_t at, std::vector<float>& out) {
-  const T* from = static_cast<const T*>(data) + at;
-  for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(from[i]);
-}
-
-// Elements of an array from `at` on.
-void widen(const mx::array& a, const void* data, int64_t at, std::vector<float>& out) {
-  if (a.dtype() == mx::float32) return widen_from<float>(data, at, out);
-  if (a.dtype() == mx::float16) return widen_from<mx::float16_t>(data, at, out);
-  widen_from<mx::bfloat16_t>(data, at, out);
+// Where the parts of a block's tape lie, and the next block's begin.
+std::vector<float*> parts_of(const Block& block, int64_t rows, float*& tape) {
+  std::vector<float*> parts;
+  for (int64_t floats : block.tape) {
+    parts.push_back(tape);
+    tape += rows * floats;
+  }
+  return parts;
 }
 
 } // namespace
 
-void SegmentOp::Impl::embed(const mx::array& tokens, const Arrays& weights, float* y) const {
-  const Embedding& e = *s_.embedding;
-  const int64_t count = tokens.size(), D = s_.D, V = e.w.w.shape(0);
-  std::vector<std::shared_ptr<char>> copies;
-  const auto* ids = static_cast<const int32_t*>(row_major(tokens, copies));
-  const void* w = row_major(weights[0], copies);
-  for (int64_t r = 0; r < count; ++r, y += D) {
-    const int64_t id = ids[r] < 0 ? ids[r] + V : ids[r];
-    if (id < 0 || id >= V) {
-      std::fill_n(y, D, 0.0f);
-    } else if (!e.w.scales) {
-      std::copy_n(static_cast<const float*>(w) + id * D, D, y);
-    } else {
-      const int64_t groups = D / e.group;
-      std::vector<float> scales(groups), biases(groups);
-      widen(weights[1], row_major(weights[1], copies), id * groups, scales);
-      widen(weights[2], row_major(weights[2], copies), id * groups, biases);
-      dequantize_row(
-          static_cast<const uint32_t*>(w) + id * (D * e.bits / 32), scales.data(), biases.data(),
-          e.group, e.bits, D, y);
-    }
-  }
-}
-
 void SegmentOp::Impl::run(
-    const Arrays& in, Arrays& out, int offset, const std::vector<Arrival>& arrivals) const {
-  const int B = in[0].shape(0), T = in[0].shape(1);
-  const int64_t rows = int64_t(B) * T, size = rows * s_.D;
-  std::vector<float> space(2 * size);
-  float *x = space.data(), *y = x + size;
+    const Arrays& in,
+    Arrays& out,
+    int offset,
+    bool taped,
+    const std::vector<Arrival>& arrivals) const {
+  const int B = in[0].shape(0);
+  int T = in[0].shape(1);
+  int64_t rows = int64_t(B) * T;
+  std::vector<float> space(2 * rows * s_.D);
+  float *x = space.data(), *y = x + rows * s_.D;
   Inputs given(in);
-  if (s_.embedding) {
-    embed(in[0], embedding_, x);
+  if (s_.entry) {
+    s_.entry->run(in, x);
   } else if (s_.chosen) {
     const float *residual = given.floats(), *normed = given.floats();
     const auto* slots = reinterpret_cast<const int32_t*>(given.floats());
@@ -257,9 +234,10 @@ void SegmentOp::Impl::run(
     s_.chosen->mix(
         weights, residual, static_cast<int>(rows), {normed, slots, scores, opening}, arrivals, x);
   } else {
-    std::copy_n(given.floats(), size, x);
+    std::copy_n(given.floats(), rows * s_.D, x);
   }
   size_t from = first_in(), to = first_out();
+  float* tape = taped && tape_ ? out[to++].data<float>() : nullptr;
   for (const Block& block : s_.blocks) {
     Pass pass{B, T, x, y};
     std::vector<std::shared_ptr<char>> copies;
@@ -274,12 +252,22 @@ void SegmentOp::Impl::run(
         }
       }
     }
+    if (tape) pass.tape = parts_of(block, rows, tape);
     Inputs weights(block.weights);
     block.body(weights, pass);
     std::swap(x, y);
+    if (s_.last && T > 1) { // now that all rows have left their states
+      std::copy_n(x + (rows - 1) * s_.D, s_.D, x);
+      rows = T = 1;
+    }
   }
+  const int64_t size = rows * s_.D;
   float* last = out[0].data<float>();
   if (s_.head) {
+    if (s_.hidden) {
+      std::copy_n(x, size, out[1].data<float>());
+      y = out[2].data<float>();
+    }
     Inputs weights(head_);
     norm_rows(x, rows, s_.D, weights.floats(), s_.head->norm.eps, y);
     multiply_all({weights.matrix(head_matrix_[0])}, y, rows, {last});
@@ -294,6 +282,43 @@ void SegmentOp::Impl::run(
   }
 }
 
+std::vector<mx::Shape> SegmentOp::Impl::rewound(
+    const Arrays& states, const mx::array& tape, int rows, int kept) const {
+  check(kept >= 1 && kept <= rows, "segment: so many rows cannot be kept");
+  check_float(states, "segment: states must be float32");
+  check(
+      tape.dtype() == mx::float32 && int64_t(tape.size()) == rows * tape_,
+      "segment: that is not this tape");
+  std::vector<mx::Shape> shapes;
+  for (const Block& block : s_.blocks) {
+    if (block.tape.empty()) continue;
+    for (const mx::Shape& shape : block.states(1, 0)) shapes.push_back(shape);
+  }
+  check(states.size() == shapes.size(), "segment: states are missing");
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    check(states[i].shape() == shapes[i], "segment: a state doesn't fit");
+  }
+  return shapes;
+}
+
+void SegmentOp::Impl::rewind(const Arrays& in, Arrays& out, int rows, int kept) const {
+  std::vector<std::shared_ptr<char>> copies;
+  // Read only.
+  auto* tape = const_cast<float*>(static_cast<const float*>(row_major(in.back(), copies)));
+  size_t at = 0;
+  for (const Block& block : s_.blocks) {
+    if (block.tape.empty()) continue;
+    Pass pass{1, rows, nullptr, nullptr};
+    for (int i = 0; i < 2; ++i, ++at) {
+      pass.before[i] = static_cast<const float*>(row_major(in[at], copies));
+      pass.after[i] = out[at].data<float>();
+    }
+    pass.tape = parts_of(block, rows, tape);
+    Inputs weights(block.weights);
+    block.rewind(weights, pass, kept);
+  }
+}
+
 SegmentOp::SegmentOp(Segment segment) : impl_(std::make_shared<const Impl>(std::move(segment))) {}
 
 SegmentOp::~SegmentOp() = default;
@@ -302,44 +327,51 @@ bool SegmentOp::kept() const {
   return impl_->kept();
 }
 
-Arrays SegmentOp::operator()(
-    const Arrays& inputs,
-    const Arrays& states,
-    int offset,
-    const std::vector<bool>& fresh,
-    mx::StreamOrDevice stream) const {
-  Made made = impl_->made(inputs, states, offset, fresh, {});
-  Arrays all = inputs;
-  all.insert(all.end(), states.begin(), states.end());
+Arrays SegmentOp::operator()(Call call, mx::StreamOrDevice stream) const {
+  Made made = impl_->made(call, {});
+  Arrays all = std::move(call.inputs);
+  all.insert(all.end(), call.states.begin(), call.states.end());
   return mx::array::make_arrays(
       std::move(made.shapes),
       made.types,
-      std::make_shared<SegmentStep>(mx::to_stream(stream), impl_, offset, std::move(made.shared)),
+      std::make_shared<SegmentStep>(
+          mx::to_stream(stream), impl_, call.offset, call.taped, made.first, std::move(made.shared)),
       std::move(all));
 }
 
-Arrays SegmentOp::now(
-    const Arrays& inputs,
-    const Arrays& states,
-    int offset,
-    const std::vector<bool>& fresh,
-    const std::vector<Arrival>& arrivals) const {
-  const Made made = impl_->made(inputs, states, offset, fresh, arrivals);
-  Arrays in = inputs, out;
-  in.insert(in.end(), states.begin(), states.end());
+Arrays SegmentOp::now(const Call& call, const std::vector<Arrival>& arrivals) const {
+  const Made made = impl_->made(call, arrivals);
+  Arrays in = call.inputs, out;
+  in.insert(in.end(), call.states.begin(), call.states.end());
   for (mx::array& a : in) a.eval();
   for (size_t i = 0; i < made.shapes.size(); ++i) {
-    const size_t state = i - impl_->first_out();
-    if (i >= impl_->first_out() && made.shared[state] && states[state].flags().row_contiguous) {
-      out.push_back(states[state]);
+    const size_t state = i - made.first;
+    if (i >= made.first && made.shared[state] && call.states[state].flags().row_contiguous) {
+      out.push_back(call.states[state]);
       continue;
     }
     size_t bytes = mx::size_of(made.types[i]);
     for (int n : made.shapes[i]) bytes *= n;
     out.emplace_back(mx::allocator::malloc(bytes), made.shapes[i], made.types[i]);
   }
-  impl_->run(in, out, offset, arrivals);
+  impl_->run(in, out, call.offset, call.taped, arrivals);
   return out;
+}
+
+Arrays SegmentOp::rewind(
+    const Arrays& states, const mx::array& tape, int rows, int kept, mx::StreamOrDevice stream) const {
+  std::vector<mx::Shape> shapes = impl_->rewound(states, tape, rows, kept);
+  Arrays all = states;
+  all.push_back(tape);
+  return mx::array::make_arrays(
+      std::move(shapes),
+      std::vector<mx::Dtype>(states.size(), mx::float32),
+      std::make_shared<Step>(
+          mx::to_stream(stream), "StreamerRewind",
+          [impl = impl_, rows, kept](const Arrays& in, Arrays& out) {
+            impl->rewind(in, out, rows, kept);
+          }),
+      std::move(all));
 }
 
 } // namespace streamer

@@ -4,15 +4,10 @@
 // stream, the choice of the next router or the logits. Weights are bound: they must be evaluated.
 #pragma once
 
+#include "entry.h"
 #include "moe.h"
 
 namespace streamer {
-
-// Rows of w [V, D], float32, or affine with scales of any float type; they come out in float32.
-struct Embedding {
-  Weight w;
-  int group, bits;
-};
 
 // norm(x) @ w^T.
 struct Head {
@@ -21,41 +16,50 @@ struct Head {
 };
 
 struct Segment {
-  std::optional<Embedding> embedding;
+  std::optional<Entry> entry;
   std::optional<MoeBlock> chosen; // before the blocks: with a norm, so that it adds to the stream
   std::vector<Block> blocks;
   std::optional<MoeBlock> router; // after the blocks
   std::optional<Head> head;
   int D;
+  bool hidden = false; // the head's x and norm(x) are given, too
+  bool last = false; // all behind the first block is of the last row alone
 };
 
 class SegmentOp {
  public:
+  // One call. states: two of each block that has any; caches hold `offset` tokens and have room for T
+  // more. fresh: for each state whether it may be written where it lies, as nobody has appended to it
+  // yet. taped: rows will be taken back.
+  struct Call {
+    std::vector<mx::array> inputs, states;
+    int offset;
+    std::vector<bool> fresh;
+    bool taped;
+  };
+
   explicit SegmentOp(Segment segment);
   ~SegmentOp();
 
   bool kept() const;
 
-  // inputs: tokens [B, T] int32 or uint32 with an embedding, else x [B, T, D]; with chosen experts
-  // then those of a router's outputs, slots in place of ids. states: two of each block that has any;
-  // caches hold `offset` tokens and have room for T more. fresh: for each state whether it may be
-  // written where it lies, as nobody has appended to it yet.
-  // Gives logits [B, T, V] with a head, else x [B, T, D], with a router then the normed x, ids int32
-  // and scores [B, T, k] and opening [B, T, 1]; then the states.
-  std::vector<mx::array> operator()(
-      const std::vector<mx::array>& inputs,
-      const std::vector<mx::array>& states,
-      int offset,
-      const std::vector<bool>& fresh,
-      mx::StreamOrDevice stream) const;
+  // inputs: those of an entry, else x [B, T, D]; with chosen experts then those of a router's
+  // outputs, slots in place of ids. Gives logits [B, T, V] with a head, and if hidden x and norm(x),
+  // else x [B, T, D], with a router then the normed x, ids int32 and scores [B, T, k] and opening
+  // [B, T, 1]; then the tape if there is one, flat; then the states.
+  std::vector<mx::array> operator()(Call call, mx::StreamOrDevice stream) const;
 
   // The same at once, on this thread and its helpers: what is given is evaluated first.
-  std::vector<mx::array> now(
-      const std::vector<mx::array>& inputs,
+  std::vector<mx::array> now(const Call& call, const std::vector<Arrival>& arrivals) const;
+
+  // The states of all blocks that have a tape after the first `kept` of a pass's `rows`, from those
+  // before it and its tape.
+  std::vector<mx::array> rewind(
       const std::vector<mx::array>& states,
-      int offset,
-      const std::vector<bool>& fresh,
-      const std::vector<Arrival>& arrivals) const;
+      const mx::array& tape,
+      int rows,
+      int kept,
+      mx::StreamOrDevice stream) const;
 
   class Impl;
 
