@@ -10,10 +10,8 @@ a model and used while its modules hold the very arrays that it was made of.
 
 from __future__ import annotations
 
-import operator
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +24,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from . import backend, qwen
 from .routed import FUSED_FLOATS, fused_width, paged_moe, whole_moe
 from .segments import Pager, Pages, Row, Seen, Tape
-from .weights import MLXLM, float32, form_of, group
+from .weights import MLXLM, float32, form_of, group, unchanged
 
 TOKENS = (mx.int32, mx.uint32)
 ROWS = 8  # of a sequence, at most
@@ -91,21 +89,6 @@ class Plan:
         return x if self.last is None else self.last(x)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A plan, or that there is none, and what it was made of."""
-
-    parts: tuple[Any, ...]
-    unchanged: Any
-    plan: Plan | None
-
-    def holds(self, parts: tuple[Any, ...]) -> bool:
-        return all(map(operator.is_, self.parts, parts)) and self.unchanged.holds()
-
-
-_plans: dict[int, tuple[weakref.ref[Any], dict[Kinds, _Kept]]] = {}
-
-
 def _plan(self: nn.Module, cache: Sequence[Any]) -> Plan | None:
     """The model's plan for such caches, made again where anything of the model has changed."""
     if tape is not None and tape[1] != threading.get_ident():
@@ -114,36 +97,18 @@ def _plan(self: nn.Module, cache: Sequence[Any]) -> Plan | None:
         return None  # somebody keeps a tape of layers
     if qwen.keep_half is not None:
         return None  # somebody stands before the layers
-    number = id(self)
-    if number not in _plans:
-        _plans[number] = weakref.ref(self, lambda _: _plans.pop(number, None)), {}
     parts = self["model"], self.get("lm_head")
     # By layers too: a rehearsal changes their classes and changes them back.
-    plans, kinds = _plans[number][1], (*map(_kind, cache), *map(type, parts[0]["layers"]))
-    held = plans.get(kinds)
-    if held is None or not held.holds(parts):
-        plan = _made(self, kinds)
-        if plan is not None and not plan.kept:  # it would hold what its weights come from
-            return None
-        containers = [c for part in parts if part is not None for c in _containers(part)]
-        unchanged = backend.native().Unchanged(containers)  # type: ignore[union-attr]
-        held = plans[kinds] = _Kept(parts, unchanged, plan)
+    kinds = (*map(_kind, cache), *map(type, parts[0]["layers"]))
+    plan: Plan | None = unchanged(self, kinds, parts, lambda: _made(self, kinds))
     states = (c for c in cache if isinstance(c, ArraysCache))
     padded = any(c.lengths is not None or c.left_padding is not None for c in states)
-    return None if padded else held.plan
+    return None if padded else plan
 
 
 def _kind(cache: Any) -> type:
     """Its class, or what it is while somebody watches it."""
     return getattr(type(cache), "stands_for", type(cache))
-
-
-def _containers(found: Any) -> Iterator[Any]:
-    """All modules, dictionaries and lists in `found`."""
-    if isinstance(found, dict | list):
-        yield found
-        for value in found.values() if isinstance(found, dict) else found:
-            yield from _containers(value)
 
 
 def _made(self: nn.Module, kinds: Kinds) -> Plan | None:
@@ -196,10 +161,14 @@ def _made(self: nn.Module, kinds: Kinds) -> Plan | None:
 
 @dataclass(frozen=True)
 class Ending:
-    """The last norm and the head as arguments of an op, and who is told of hidden states."""
+    """The last norm and the head as arguments of an op, and who is told of hidden states.
+
+    hidden: whether the op gives them.
+    """
 
     op: tuple[Any, Any]
     seen: Seen | None
+    hidden: bool
 
 
 def segments_of(
@@ -208,11 +177,10 @@ def segments_of(
     indices: range,
     entry: dict[str, Any],
     ending: Ending | None,
-    **options: Any,
 ) -> list[Row]:
     """Segments of these layers, each but the last ending with a choice to be read back.
 
-    entry: what the first begins with; options: of all.
+    entry: what the first begins with.
     """
     native = backend.native()
     assert native is not None
@@ -220,7 +188,7 @@ def segments_of(
     rows: list[Row] = []
     ops: list[Any] = []
     held: list[tuple[int, bool]] = []
-    begins = entry | options
+    begins = dict(entry)
     for i in indices:
         first, second, pager = parts[i]
         held.append((i, layers[i].is_linear))
@@ -230,10 +198,9 @@ def segments_of(
             continue
         rows.append(Row(native.Segment(width, ops, router=second, **begins), held, layers, pager))
         ops, held, begins = [], [], {"chosen": second}
-    seen = None
     if ending is not None:
-        seen = ending.seen
-        begins |= {"head": ending.op, "hidden": seen is not None}
+        begins |= {"head": ending.op, "hidden": ending.hidden}
+    seen = None if ending is None else ending.seen
     rows.append(Row(native.Segment(width, ops, **begins), held, layers, None, seen))
     return rows
 
@@ -291,7 +258,9 @@ def ending_of(norm: nn.Module, head: nn.Module, tied: bool) -> Ending | None:
     if kind is not nn.RMSNorm or not plain:
         return None
     own, found = norm_of(norm), group(head)
-    return None if own is None or found is None else Ending((own, found), seen)
+    if own is None or found is None:
+        return None
+    return Ending((own, found), seen, seen is not None)
 
 
 def parts_of_layer(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -112,3 +112,38 @@ def parts(*layers: nn.Module) -> list[Any]:
     for layer in layers:
         found += (layer["weight"], layer.get("scales"), layer.get("biases"))
     return found
+
+
+# Plans by the module they are of and what else they are for, each with its parts.
+_plans: dict[int, tuple[weakref.ref[Any], dict[Hashable, tuple[tuple[Any, ...], Any, Any]]]] = {}
+
+
+def unchanged(
+    owner: nn.Module, key: Hashable, parts: tuple[Any, ...], make: Callable[[], Any]
+) -> Any:
+    """make(), or what it gave for this module and key while all in `parts` holds what it held.
+
+    Modules, dictionaries and lists are looked through; None may be kept, too. What is not `kept`,
+    as its weights have yet to be evaluated, would hold what they come from: None then.
+    """
+    number = id(owner)
+    if number not in _plans:
+        _plans[number] = weakref.ref(owner, lambda _: _plans.pop(number, None)), {}
+    plans = _plans[number][1]
+    held = plans.get(key)
+    if held is None or not (all(map(operator.is_, held[0], parts)) and held[1].holds()):
+        plan = make()
+        if plan is not None and not plan.kept:
+            return None
+        containers = [c for part in parts for c in _containers(part)]
+        same = backend.native().Unchanged(containers)  # type: ignore[union-attr]
+        held = plans[key] = parts, same, plan
+    return held[2]
+
+
+def _containers(found: Any) -> Iterator[Any]:
+    """All modules, dictionaries and lists in `found`."""
+    if isinstance(found, dict | list):
+        yield found
+        for value in found.values() if isinstance(found, dict) else found:
+            yield from _containers(value)

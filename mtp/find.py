@@ -93,6 +93,7 @@ def find_head(
         packed = {n: a + 1 if is_norm(n, a) else a for n, a in packed.items()}
     _quantize(head, packed)
     _load(head, packed)
+    head.eval()  # as mlx-lm leaves its models: kernels stand aside in training
     for line in _lines(head, family, packed, centred):
         head.notes.append(line)
         note(line)

@@ -22,6 +22,8 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
+from kernels import heads
+
 Hidden = Literal["post_norm", "pre_norm"]
 Leave = Literal["all", "last", "none"]  # the rows whose output is wanted; all leave keys and values
 
@@ -31,13 +33,18 @@ class Trunk:
     """What a head borrows from its model.
 
     inner: the module that ends in `norm`; embed: tokens [B, T] -> [B, T, D];
-    logits: normed hidden states [B, T, D] -> [B, T, V].
+    words: what gives logits of normed hidden states, and whether it is the embedding.
     """
 
     inner: nn.Module
     norm: nn.Module
     embed: Callable[[mx.array], mx.array]
-    logits: Callable[[mx.array], mx.array]
+    words: Callable[[], tuple[nn.Module, bool]]
+
+    def logits(self, normed: mx.array) -> mx.array:
+        """[B, T, D] -> [B, T, V]."""
+        module, tied = self.words()
+        return module.as_linear(normed) if tied else module(normed)  # type: ignore[operator]
 
 
 def trunk_of(model: nn.Module) -> Trunk:
@@ -47,11 +54,11 @@ def trunk_of(model: nn.Module) -> Trunk:
     embedding = inner.embed_tokens if "embed_tokens" in inner else inner.embeddings
     norm = inner.norm if "norm" in inner else inner.norm_f
 
-    def logits(normed: mx.array) -> mx.array:
+    def words() -> tuple[nn.Module, bool]:
         # looked up at each call: quantizing or swapping replaces the module
-        return outer.lm_head(normed) if "lm_head" in outer else embedding.as_linear(normed)
+        return (outer["lm_head"], False) if "lm_head" in outer else (embedding, True)
 
-    return Trunk(inner, norm, embedding, logits)
+    return Trunk(inner, norm, embedding, words)
 
 
 class Unit(nn.Module):
@@ -97,6 +104,23 @@ class Unit(nn.Module):
         if self._tail >= 0 and "mlp" in (block := self.blocks[self._tail]):
             block.mlp.__dict__["_leave"] = "all"
             block.mlp.__class__ = _leaving(block.mlp.__class__)
+
+    def parts(self, trunk: Trunk) -> heads.Parts | None:
+        """What a step of one block is made of, for who runs it as one operation."""
+        if len(self.blocks) != 1 or self._window is not None:
+            return None
+        words, tied = (self["lm_head"], False) if "lm_head" in self else trunk.words()
+        return heads.Parts(
+            trunk.embed,
+            self["embed_norm"],
+            self["hidden_norm"],
+            self["join"],
+            self._embedding_first,
+            self.blocks[0],
+            self.norm,
+            words,
+            tied,
+        )
 
     def make_cache(self) -> list[Any]:
         return [make() for make in self._caches if make is not None]
@@ -208,6 +232,12 @@ class Head(nn.Module):
         and hidden are wanted; less than "all" gives one row of both, for "none" of no use.
         """
         unit = self.units[min(step, self.depth - 1)]
+        if leave == "last" or (leave == "all" and tokens.size == 1):
+            own = self.cache_of(cache, step)
+            if (parts := unit.parts(self.trunk)) is not None:
+                if (whole := heads.step(unit, parts, tokens, hidden, own)) is not None:
+                    logits, x, normed = whole
+                    return logits, normed if self.hidden == "post_norm" else x
         x = unit(self.trunk.embed(tokens), hidden, self.cache_of(cache, step), leave)
         normed = unit.norm(x)
         ends = normed[:, -1:] if last else normed
