@@ -31,6 +31,7 @@ X86 = {
     "vnni": VNNI,
     "vbmi": [*VNNI, "-mavx512vbmi"],
     "amx": [*VNNI, "-mgfni", "-mamx-tile", "-mamx-int8"],
+    "tiles": [*VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
 }
 
 
@@ -65,7 +66,7 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if platform.machine().lower() in ("x86_64", "amd64") and not self.knows_tiles():
-            X86["amx"] = VNNI
+            X86["amx"] = X86["tiles"] = VNNI
 
         def compiled(source: str) -> list[str]:
             return self.compiler.compile(

@@ -5,36 +5,46 @@
 
 namespace streamer {
 
-constexpr int key_tile = 64, value_tile = 128; // tokens that are unpacked into bytes at a time
+// Tokens of a span are padded to a multiple of these: the last one again, which weighs nothing.
+constexpr int padded = 128;
 
 // Indices of `width` bits, each standing for `channels` channels.
 struct Codebook {
   const float* points; // [2^width, channels]
   int width, channels;
-  // Of pairs that are multiples of `grid`, in bytes: 128 + the multiple of the first and of the
-  // second channel by index, repeated up to 64. grid is 0 where points are none.
+  // Two bytes for an index, each 128 too large, repeated up to 64: of pairs the first and the second
+  // channel as multiples of `grid`, of single channels the digits h and l of 256 h + l multiples.
+  // grid is 0 where points are no multiples.
   float grid;
   uint8_t bytes[2][256];
 };
 
-// Products of bytes. A row's floats become x = unit * (256 h + l) with signed bytes h and l and one
-// unit for all, a rounding by at most 2^-16 of the largest of them; from there on sums are exact but
+// Rows of queries as integers: see ByteSteps.
+struct Integers {
+  const int8_t* digits;
+  const float* units;
+  const int32_t* lifts;
+};
+
+// Products of bytes, of which n stand for a token. A row's floats become x = unit * integer with one
+// unit for all: a rounding by at most 2^-16 of the largest of them. From there on sums are exact but
 // for the conversion of each to float. Sums of values are in an order of channels of their own.
+// words: where each of a span's tokens' codes lie. room: 64-byte aligned.
 struct ByteSteps {
   int (*wide)(int n); // channels a row of n takes, with padding
-  // q [rows, n] as digits [rows, 2, wide(n)], with the rows' units and what to add to integer sums.
-  void (*pack_queries)(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts);
-  // s[r * step + j] = dot of row r and token j's points, for all tokens of a tile. room: as many bytes
-  // as a tile has channels, 64-byte aligned.
+  int64_t (*room)(int rows, int n); // bytes
+  // q [rows, n] as digits [rows, 2 * wide(n)], as many as there are whole eights of rows, with the
+  // rows' units and what to add to integer sums. Other eights may be packed by other calls.
+  void (*pack)(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts);
+  // s[r * step + j] = dot of row r and token j's points, for j < count and up to all that are padded.
   void (*scores)(
-      const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
-      const int32_t* lifts, int rows, uint8_t* room, float* s);
-  // p[j] * scales[j] of a tile as digits [2, value_tile].
-  void (*pack_weights)(const float* p, const float* scales, int8_t* digits, float& unit, int32_t& lift);
-  // y[r * wide(n) + i] += sum over the tile's tokens of row r's weight times the token's points.
+      const uint32_t* const* words, int count, const Codebook& book, int n, const Integers& q, int rows,
+      uint8_t* room, float* s);
+  // y[r * wide(n) + i] += sum over j < count of p[r * step + j] * scales[j] * token j's points; p and
+  // scales are zero from count on. p is overwritten.
   void (*weigh)(
-      const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
-      const int32_t* lifts, int rows, uint8_t* room, float* y);
+      const uint32_t* const* words, int count, const Codebook& book, int n, float* p, const float* scales, int rows,
+      uint8_t* room, float* y);
   void (*in_order)(const float* y, int n, float* out); // the n channels of a sum
 };
 
@@ -50,6 +60,7 @@ const CodeSteps& codes_portable();
 const CodeSteps& codes_avx2();
 const CodeSteps& codes_avx512();
 const CodeSteps& codes_neon();
+const ByteSteps* codes_tiles(); // null where the compiler has no tiles
 const ByteSteps& codes_vbmi();
 const ByteSteps& codes_madd();
 

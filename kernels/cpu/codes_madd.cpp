@@ -10,15 +10,13 @@
 
 #include <cstring>
 
-#include "attend.h"
-#include "code_steps.h"
+#include "codes_bytes.h"
 
 namespace streamer {
 namespace {
 
 constexpr int W = 8;
 constexpr int block_indices = 32, block_channels = 64;
-constexpr int tokens = 32; // of keys that are unpacked at a time
 
 int blocks_of(int n) {
   return (n + block_channels - 1) / block_channels;
@@ -111,11 +109,6 @@ class Indices {
   __m256i spread_[2], shifts_[2];
 };
 
-// Bytes from a token's codes to those of `count` tokens later, where they lie in one array.
-int64_t later(const uint32_t* const* words, int count) {
-  return (words[1] - words[0]) * 4 * count;
-}
-
 // v[k] = the k-th 32 bits of each of eight vectors.
 inline __attribute__((always_inline)) void turn(__m256i (&v)[8]) {
   __m256i a[8], b[8];
@@ -140,87 +133,6 @@ inline __attribute__((always_inline)) void turn(__m256i (&v)[8]) {
 
 inline void put(uint8_t* to, __m256i v) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(to), v);
-}
-
-// Keys for scores: [block, quad of indices, first or second channel, its even or its odd indices,
-// 32 tokens, 2 integers].
-template <int width>
-void unpack_keys(const uint32_t* const* words, const Codebook& book, int n, uint8_t* out) {
-  const Tables<width> tables(book);
-  const Indices<width> indices(n, later(words, tokens));
-  const __m256i even = _mm256_set1_epi16(255);
-  for (int from = 0; from < tokens; from += W) {
-    for (int block = 0; block < blocks_of(n); ++block) {
-      __m256i v[W];
-#pragma GCC unroll 8
-      for (int i = 0; i < W; ++i) v[i] = indices.of(words[from + i], block);
-      turn(v);
-      uint8_t* to = out + block * 2 * block_channels * tokens + from * 4;
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) {
-        __m256i x[2];
-        tables.look_up(v[k], x[0], x[1]);
-#pragma GCC unroll 2
-        for (int e = 0; e < 2; ++e, to += 8 * tokens) {
-          put(to, _mm256_and_si256(x[e], even));
-          put(to + 4 * tokens, _mm256_srli_epi16(x[e], 8));
-        }
-      }
-    }
-  }
-}
-
-// A block of values for sums: [pair of tokens, eights of each half's indices, first or second
-// channel, fours of these, 4 indices of each half, 2 integers].
-template <int width>
-void unpack_values(const uint32_t* const* words, const Codebook& book, int n, int block, uint8_t* out) {
-  const Tables<width> tables(book);
-  const Indices<width> indices(n, later(words, value_tile));
-  const __m256i zero = _mm256_setzero_si256();
-  for (int j = 0; j < value_tile; j += 2) {
-    const __m256i a = indices.of(words[j], block), b = indices.of(words[j + 1], block);
-    const __m256i z[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      __m256i x[2];
-      tables.look_up(z[i], x[0], x[1]);
-#pragma GCC unroll 2
-      for (int e = 0; e < 2; ++e, out += 64) {
-        put(out, _mm256_unpacklo_epi8(x[e], zero));
-        put(out + 32, _mm256_unpackhi_epi8(x[e], zero));
-      }
-    }
-  }
-}
-
-auto keys_of(int width) -> void (*)(const uint32_t* const*, const Codebook&, int, uint8_t*) {
-  switch (width) {
-    case 4: return unpack_keys<4>;
-    case 5: return unpack_keys<5>;
-    case 6: return unpack_keys<6>;
-    case 7: return unpack_keys<7>;
-    default: return unpack_keys<8>;
-  }
-}
-
-auto values_of(int width) -> void (*)(const uint32_t* const*, const Codebook&, int, int, uint8_t*) {
-  switch (width) {
-    case 4: return unpack_values<4>;
-    case 5: return unpack_values<5>;
-    case 6: return unpack_values<6>;
-    case 7: return unpack_values<7>;
-    default: return unpack_values<8>;
-  }
-}
-
-constexpr float largest = 32639.0f; // as codes_vbmi.cpp's two digits
-
-// What brings values of at most `top` into 16 bits, and back. Too small ones are zero.
-inline void unit_of(float top, float& up, float& unit) {
-  const bool some = top > 1e-30f;
-  up = some ? largest / top : 0.0f;
-  unit = some ? top / largest : 0.0f;
-  if (!(top < 3.4e38f)) unit = __builtin_nanf("");
 }
 
 // Where in a block's digits a channel is: as unpack_keys lays points out.
@@ -250,13 +162,13 @@ float top_of(const float* x, int n) {
   return top;
 }
 
-void pack_queries(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts) {
+void pack(const float* q, int rows, int n, int8_t* digits, float* units, int32_t* lifts) {
   uint8_t places[block_channels];
   for (int i = 0; i < block_channels; ++i) places[i] = static_cast<uint8_t>(place_of(i));
   auto* to = reinterpret_cast<int16_t*>(digits);
   for (int r = 0; r < rows; ++r, q += n) {
     float up;
-    unit_of(top_of(q, n), up, units[r]);
+    unit_of(top_of(q, n), two_digits, up, units[r]);
     lifts[r] = 0;
     for (int block = 0; block < blocks_of(n); ++block, to += block_channels) {
       float x[block_channels] = {};
@@ -275,120 +187,129 @@ void pack_queries(const float* q, int rows, int n, int8_t* digits, float* units,
   }
 }
 
-void pack_weights(const float* p, const float* scales, int8_t* digits, float& unit, int32_t& lift) {
-  float w[value_tile], up;
-  for (int i = 0; i < value_tile; ++i) w[i] = p[i] * scales[i];
-  unit_of(top_of(w, value_tile), up, unit);
-  __m256i sum = _mm256_setzero_si256();
-  auto* to = reinterpret_cast<__m256i*>(digits);
-  for (int i = 0; i < value_tile; i += 2 * W) {
-    auto integers = [&](int at) {
-      return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(w + at), _mm256_set1_ps(up)));
-    };
-    const __m256i a = integers(i), b = integers(i + W);
-    sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
-    _mm256_storeu_si256(to++, _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
-  }
-  int32_t sums[W];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
-  int all = 0;
-  for (int x : sums) all += x;
-  lift = -128 * all;
-}
-
 // GCC would move sums from register to register, and read a vector anew for each row.
 inline __attribute__((always_inline)) __m256i stay(__m256i v) {
   asm("" : "+x"(v));
   return v;
 }
 
-// Sums over `count` steps of four vectors of integers, `stride` bytes from one to the next, times
-// R rows' pairs of integers.
-template <int R>
-inline __attribute__((always_inline)) void multiply(
-    const uint8_t* x, int64_t stride, int count, const int8_t* digits, int64_t row, const int32_t* lifts,
-    __m256 (&out)[R][4]) {
-  __m256i acc[R][4];
-#pragma GCC unroll 2
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_set1_epi32(lifts[r]);
-  }
-  for (int k = 0; k < count; ++k, x += stride, digits += 4) {
-    __m256i by[R];
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, digits + r * row, 4);
-      by[r] = _mm256_set1_epi32(pair);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m256i v = stay(_mm256_load_si256(reinterpret_cast<const __m256i*>(x) + i));
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        acc[r][i] = stay(_mm256_add_epi32(acc[r][i], _mm256_madd_epi16(v, by[r])));
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) out[r][i] = _mm256_cvtepi32_ps(acc[r][i]);
-  }
-}
+struct Kernel {
+  using V = __m256;
+  static constexpr int rows = 2, channels = block_channels, bytes = 2, tokens = 32;
 
-template <int R>
-struct Count {};
-
-template <class F>
-void by_rows(int rows, F part) {
-  int r = 0;
-  for (; r + 2 <= rows; r += 2) part(r, Count<2>());
-  if (r < rows) part(r, Count<1>());
-}
-
-void scores(
-    const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
-    const int32_t* lifts, int rows, uint8_t* room, float* s) {
-  const int all = wide(n);
-  for (int from = 0; from < key_tile; from += tokens) {
-    keys_of(book.width)(words + from, book, n, room);
-    by_rows(rows, [&]<int R>(int r, Count<R>) {
-      __m256 found[R][4];
-      multiply<R>(room, 4 * tokens, all / 2, digits + int64_t(r) * 2 * all, 2 * all, lifts + r, found);
-      for (int i = 0; i < R; ++i) {
-        const __m256 unit = _mm256_set1_ps(units[r + i] * book.grid);
-        float* to = s + int64_t(r + i) * step + from;
-        for (int j = 0; j < 4; ++j) _mm256_storeu_ps(to + W * j, _mm256_mul_ps(found[i][j], unit));
-      }
-    });
+  static int wide(int n) {
+    return streamer::wide(n);
   }
-}
+  static int keys(int n) {
+    return wide(n) / 2;
+  }
 
-void weigh(
-    const uint32_t* const* words, const Codebook& book, int n, const int8_t* digits, const float* units,
-    const int32_t* lifts, int rows, uint8_t* room, float* y) {
-  const int all = wide(n);
-  for (int block = 0; block < blocks_of(n); ++block) {
-    values_of(book.width)(words, book, n, block, room);
-    by_rows(rows, [&]<int R>(int r, Count<R>) {
-      for (int at = 0; at < block_channels; at += 4 * W) {
-        __m256 found[R][4];
-        multiply<R>(
-            room + 4 * at, 4 * block_channels, value_tile / 2, digits + int64_t(r) * 2 * value_tile,
-            2 * value_tile, lifts + r, found);
-        for (int i = 0; i < R; ++i) {
-          const __m256 unit = _mm256_set1_ps(units[r + i] * book.grid);
-          float* to = y + int64_t(r + i) * all + block * block_channels + at;
-          for (int j = 0; j < 4; ++j) {
-            _mm256_storeu_ps(to + W * j, _mm256_fmadd_ps(found[i][j], unit, _mm256_loadu_ps(to + W * j)));
+  // Keys for scores: [block, quad of indices, first or second channel, its even or its odd indices,
+  // 32 tokens, 2 integers].
+  template <int width>
+  static void unpack_keys(const uint32_t* const* words, const Codebook& book, int n, uint8_t* out) {
+    const Tables<width> tables(book);
+    const Indices<width> indices(n, later(words, tokens));
+    const __m256i even = _mm256_set1_epi16(255);
+    for (int from = 0; from < tokens; from += W) {
+      for (int block = 0; block < blocks_of(n); ++block) {
+        __m256i v[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W; ++i) v[i] = indices.of(words[from + i], block);
+        turn(v);
+        uint8_t* to = out + block * 2 * block_channels * tokens + from * 4;
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) {
+          __m256i x[2];
+          tables.look_up(v[k], x[0], x[1]);
+#pragma GCC unroll 2
+          for (int e = 0; e < 2; ++e, to += 8 * tokens) {
+            put(to, _mm256_and_si256(x[e], even));
+            put(to + 4 * tokens, _mm256_srli_epi16(x[e], 8));
           }
         }
       }
-    });
+    }
   }
-}
+
+  // A block of values for sums: [pair of tokens, eights of each half's indices, first or second
+  // channel, fours of these, 4 indices of each half, 2 integers].
+  template <int width>
+  static void unpack_values(const uint32_t* const* words, const Codebook& book, int n, int block, uint8_t* out) {
+    const Tables<width> tables(book);
+    const Indices<width> indices(n, later(words, padded));
+    const __m256i zero = _mm256_setzero_si256();
+    for (int j = 0; j < padded; j += 2) {
+      const __m256i a = indices.of(words[j], block), b = indices.of(words[j + 1], block);
+      const __m256i z[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        __m256i x[2];
+        tables.look_up(z[i], x[0], x[1]);
+#pragma GCC unroll 2
+        for (int e = 0; e < 2; ++e, out += 64) {
+          put(out, _mm256_unpacklo_epi8(x[e], zero));
+          put(out + 32, _mm256_unpackhi_epi8(x[e], zero));
+        }
+      }
+    }
+  }
+  static void pack_weights(const float* p, const float* scales, int8_t* digits, float& unit, int32_t& lift) {
+    float w[padded], up;
+    for (int i = 0; i < padded; ++i) w[i] = p[i] * scales[i];
+    unit_of(top_of(w, padded), two_digits, up, unit);
+    __m256i sum = _mm256_setzero_si256();
+    auto* to = reinterpret_cast<__m256i*>(digits);
+    for (int i = 0; i < padded; i += 2 * W) {
+      auto integers = [&](int at) {
+        return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(w + at), _mm256_set1_ps(up)));
+      };
+      const __m256i a = integers(i), b = integers(i + W);
+      sum = _mm256_add_epi32(sum, _mm256_add_epi32(a, b));
+      _mm256_storeu_si256(to++, _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8));
+    }
+    int32_t sums[W];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sum);
+    int all = 0;
+    for (int x : sums) all += x;
+    lift = -128 * all;
+  }
+  // Sums over `count` steps of four vectors of integers, `stride` bytes from one to the next, times
+  // R rows' pairs of integers.
+  template <int R>
+  static inline __attribute__((always_inline)) void multiply(
+      const uint8_t* x, int64_t stride, int count, const int8_t* digits, int64_t row, int64_t, const int32_t* lifts,
+      __m256 (&out)[R][4]) {
+    __m256i acc[R][4];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[r][i] = _mm256_set1_epi32(lifts[r]);
+    }
+    for (int k = 0; k < count; ++k, x += stride, digits += 4) {
+      __m256i by[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, digits + r * row, 4);
+        by[r] = _mm256_set1_epi32(pair);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256i v = stay(_mm256_load_si256(reinterpret_cast<const __m256i*>(x) + i));
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          acc[r][i] = stay(_mm256_add_epi32(acc[r][i], _mm256_madd_epi16(v, by[r])));
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) out[r][i] = _mm256_cvtepi32_ps(acc[r][i]);
+    }
+  }
+};
 
 void in_order(const float* y, int n, float* out) {
   for (int i = 0; i < n / 2; ++i) {
@@ -398,11 +319,11 @@ void in_order(const float* y, int n, float* out) {
     out[2 * i + 1] = from[16];
   }
 }
-
 } // namespace
 
 const ByteSteps& codes_madd() {
-  static constexpr ByteSteps table = {wide, pack_queries, scores, pack_weights, weigh, in_order};
+  static constexpr ByteSteps table = {
+      wide, room_by<Kernel>, pack, scores_by<Kernel>, weigh_by<Kernel>, in_order};
   return table;
 }
 

@@ -114,7 +114,7 @@ void run_apart(int heads, int R, int64_t work, const Parts& parts, const Done& r
   const int pieces = apart.pieces();
   // Where there are fewer pieces than threads, rows are shared too.
   const int wanted = work < parallel_work ? 1 : (2 * threads() - 1) / std::max(1, heads * pieces) + 1;
-  const int rows = ((R + wanted - 1) / wanted + 3) / 4 * 4, of_rows = (R + rows - 1) / rows;
+  const int rows = ((R + wanted - 1) / wanted + 7) / 8 * 8, of_rows = (R + rows - 1) / rows;
   each(heads * pieces * of_rows, work, [&](int task) {
     const int first = task % of_rows * rows, piece = task / of_rows;
     apart.run(piece / pieces, piece % pieces, first, std::min(rows, R - first));

@@ -67,6 +67,12 @@ inline void tile_multiply() {
   asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
 }
 
+// The same of int8 and int8.
+template <int c, int a, int b>
+inline void tile_multiply_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+
 } // namespace
 } // namespace streamer
 #endif
