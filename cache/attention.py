@@ -7,8 +7,9 @@ other caches.
 
 Up to ROWS rows, the query is rotated once, scores come from codes (unpacked once for all rows and
 for all query heads of a key head), values are summed in the rotated space and rotated back once:
-in float32 on the CPU by `kernels.codes`, otherwise in MLX, CHUNK tokens at a time, which is also
-the kernel's reference. Longer passes, a prompt's, decode this layer and use MLX's fused attention.
+in float32 on the CPU by `kernels.codes`, on a GPU by `kernels.metal.codes` where it passes its
+check, otherwise in MLX, CHUNK tokens at a time, which is also the kernels' reference. Longer
+passes, a prompt's, decode this layer and use MLX's fused attention.
 Sums are in float32. The layout that a kernel reads is in README.md.
 
     python -m tools.kv_speed --contexts 8192
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx_lm.models import base
 
-from kernels import codes
+from kernels import codes, gpu
+from kernels.metal import codes as metal_codes
 
 from .codec import Codes
 from .side import BLOCK, Side
@@ -121,8 +123,10 @@ class View:
 def by_kernel(queries: mx.array, keys: Side, values: Side, mask: mx.array | str | None) -> bool:
     """Whether `attend_by_kernel` takes these."""
     shared = not isinstance(mask, mx.array) or mask.size == mask.shape[-1] * queries.shape[2]
-    raw = keys.recent is not None and values.recent is not None and keys.recent.dtype == mx.float32
-    return shared and raw and bool(keys.bits and values.bits) and codes.available(queries.dtype)
+    if not shared or keys.recent is None or values.recent is None or not keys.bits * values.bits:
+        return False
+    on_cpu = keys.recent.dtype == mx.float32 and codes.available(queries.dtype)
+    return on_cpu or gpu.uses("codes")
 
 
 def attend_by_kernel(
@@ -134,30 +138,32 @@ def attend_by_kernel(
     sinks: mx.array | None,
     crossing: int,
 ) -> mx.array:
-    """As `View.attend`, by kernels.codes: rows from `crossing` on, if not 0, read a block ahead."""
+    """As `View.attend`, by a kernel: rows from `crossing` on, if not 0, read a block ahead."""
     B, heads, T, D = queries.shape
     k, v = as_kernel_side(keys, crossing), as_kernel_side(values, crossing)
-    q = (queries * scale).reshape(B, k.recent.shape[1], -1, D)
+    q = (queries * scale).astype(mx.float32).reshape(B, k.recent.shape[1], -1, D)
     bias = None
     if isinstance(mask, mx.array):
         bias = mask.reshape(T, -1)
         bias = mx.where(bias, 0.0, LOWEST) if bias.dtype == mx.bool_ else bias.astype(mx.float32)
     turn, back = keys.codec.rotation, values.codec.rotation
-    y, rest = codes.attend(
-        q,
-        q if turn.signs is not None else turn.forward(q),
-        k,
-        v,
-        rows=T,
-        coded=keys.coded,
-        crossing=crossing,
-        causal=isinstance(mask, str),
-        bias=bias,
-        sinks=None if sinks is None else sinks.astype(mx.float32),
-        key_signs=turn.signs,
-        value_signs=back.signs,
-    )
-    return ((y if back.signs is not None else back.back(y)) + rest).reshape(B, heads, T, -1)
+    options: dict[str, Any] = {
+        "rows": T,
+        "coded": keys.coded,
+        "crossing": crossing,
+        "bias": bias,
+        "causal": isinstance(mask, str),
+        "sinks": None if sinks is None else sinks.astype(mx.float32),
+    }
+    if codes.available(queries.dtype):
+        rotated = q if turn.signs is not None else turn.forward(q)
+        options |= {"key_signs": turn.signs, "value_signs": back.signs}
+        y, rest = codes.attend(q, rotated, k, v, **options)
+        y = y if back.signs is not None else back.back(y)
+    else:
+        y, rest = metal_codes.attend(gpu.launch(), q, turn.forward(q), k, v, **options)
+        y = back.back(y)
+    return (y + rest).astype(queries.dtype).reshape(B, heads, T, -1)
 
 
 def as_kernel_side(side: Side, crossing: int) -> codes.CodedSide:

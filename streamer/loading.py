@@ -22,14 +22,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
 from cache.make import compress
-from kernels import fast
+from kernels import fast, gpu
 
 from .budget import Budget, divide, with_slots
 from .counters import Counters
 from .disk import Disk
 from .errors import BudgetError, CheckpointError, UsageError
 from .executor import Executor
-from .experts import LayerExperts, extras, held_bytes, stored_bytes
+from .experts import LayerExperts, extras, held_bytes, is_switch, stored_bytes
 from .filling import fill
 from .footprint import (
     default_budget,
@@ -53,6 +53,7 @@ from .watch import Watch
 from .ways import Choice
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+GPU_ROWS = (2, 3, 4)  # of verify passes that kernels are tried for
 
 
 class StreamedSwitch(nn.Module):
@@ -66,6 +67,11 @@ class StreamedSwitch(nn.Module):
         self.__dict__["_inner"] = executor.arrays.bind(switch)
         for name, child in extras(switch):
             self[name] = child
+
+    @property
+    def inner(self) -> nn.Module:
+        """The switch over the pool's slots, which its indices name."""
+        return self.__dict__["_inner"]  # type: ignore[no-any-return]
 
     @property
     def pager(self) -> Pager | None:
@@ -255,6 +261,7 @@ def attach(
             switches = fill(run, lambda n, total: progress("experts", n, total))
             paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
+    _try_gpu(opened)
     streamer.heat = Heat.of(heat, opened)
     if streamer.heat is not None:
         streamer.heat.fill(streamer.executors, lambda n, total: progress("experts", n, total))
@@ -336,6 +343,14 @@ def _swap(streamer: Streamer, opened: Opened, budget: Budget, store: Store) -> N
         streamer.executors.append(executor)
         swapped += [(x.path, _streamed(executor, i, x)) for i, x in enumerate(layers)]
     opened.model.update_modules(tree_unflatten(swapped))
+
+
+def _try_gpu(opened: Opened) -> None:
+    """Let our kernels take over where they gain on a GPU, verify passes of GPU_ROWS included."""
+    modules = [module for _, module in opened.model.named_modules()]
+    switches = [m.inner if isinstance(m, StreamedSwitch) else m for m in modules]
+    rows = () if opened.head is None else GPU_ROWS
+    gpu.install(opened.model, rows, [m for m in switches if is_switch(m)], opened.top_k)
 
 
 def _streamed(executor: Executor, index: int, layer: LayerExperts) -> StreamedSwitch:

@@ -1,8 +1,6 @@
 """Starts the kernels of kernels/metal through mx.fast.cuda_kernel, on MLX's CUDA back end.
 
-`usable` is kernels.metal.check's, tried on this GPU; empty where MLX has no CUDA.
-
-    python -m kernels.cuda.launch
+python -m kernels.gpu
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from kernels.metal.check import passing
 from kernels.metal.launch import KERNELS, arguments, text
 
 
@@ -50,13 +47,3 @@ def cuda(
     types = "_".join(str(array.dtype).rpartition(".")[2] for array in inputs)
     call = arguments(inputs, template, groups, threads, outputs)
     return built(name, types)(**call, stream=mx.gpu)
-
-
-@cache
-def usable() -> frozenset[str]:
-    """What passes on this GPU; tried once in a process."""
-    return passing(cuda) if mx.cuda.is_available() else frozenset()
-
-
-if __name__ == "__main__":
-    print(f"CUDA kernels in use: {', '.join(sorted(usable())) or 'none'}")

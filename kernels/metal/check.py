@@ -1,16 +1,15 @@
 """Tries each kernel on this GPU against plain MLX; one that differs is dropped, with a warning.
 
-Kernels are compiled by the user's own driver, for a GPU that no test of ours has seen. `usable`
-names those that may run here: all of them, fewer, or none where there is no Metal.
+Kernels are compiled by the user's own driver, for a GPU that no test of ours has seen. `passing`
+names those that may run here; kernels.gpu asks it, when a model is loaded.
 
-    python -m kernels.metal.check
+    python -m kernels.gpu
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from kernels.experts import Stack, gather_reference, swiglu_reference
 from kernels.linear import reference
 
 from . import codes, delta, products
-from .launch import Launch, metal
+from .launch import Launch
 
 Pair = tuple[mx.array, mx.array]
 FORMATS = (("affine", 64, 4), ("affine", 32, 8), ("affine", 128, 6), ("mxfp4", 32, 4))
@@ -128,12 +127,14 @@ def error(pairs: Iterable[Pair]) -> float:
     return worst
 
 
-def passing(launch: Launch, tolerance: float = 1e-4) -> frozenset[str]:
-    """Names of the checks within `tolerance` of the fallback on the CPU; warns of the others."""
+def passing(
+    launch: Launch, tolerance: float = 1e-4, names: Iterable[str] = CHECKS
+) -> frozenset[str]:
+    """The checks within `tolerance` of the fallback on the CPU; warns of the others."""
     good = set()
-    for name, check in CHECKS.items():
+    for name in names:
         try:
-            off = error(check(launch))
+            off = error(CHECKS[name](launch))
             why = f"its results are off by {off:.1e}"
         except (RuntimeError, ValueError) as failed:
             off, why = float("inf"), (str(failed).strip().splitlines() or ["unknown error"])[0]
@@ -146,13 +147,3 @@ def passing(launch: Launch, tolerance: float = 1e-4) -> frozenset[str]:
                 stacklevel=2,
             )
     return frozenset(good)
-
-
-@cache
-def usable() -> frozenset[str]:
-    """What passes on this Mac's GPU; tried once in a process, empty where there is no Metal."""
-    return passing(metal) if mx.metal.is_available() else frozenset()
-
-
-if __name__ == "__main__":
-    print(f"Metal kernels in use: {', '.join(sorted(usable())) or 'none'}")
