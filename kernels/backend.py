@@ -54,7 +54,7 @@ def native() -> ModuleType | None:
 
 def available() -> bool:
     """Whether the extension runs for arrays on the default device."""
-    return native() is not None and mx.default_device() == mx.cpu
+    return mx.default_device() == mx.cpu and native() is not None
 
 
 def isa() -> str:

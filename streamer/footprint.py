@@ -3,6 +3,9 @@
 The footprint is what the system would count against the user: RSS on Linux,
 phys_footprint on macOS. Limits are those of RAM and of memory cgroups (v1 and
 v2), where page cache that can be dropped counts as available.
+
+With MLX's CUDA back end it is what MLX holds, and the limit the GPU's memory: the
+driver's own gigabyte, in the process, comes and goes with what it compiles.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -64,8 +68,18 @@ def format_size(nbytes: int, *, up: bool = False) -> str:
     return f"{nbytes} B"
 
 
+@cache
+def on_cuda() -> bool:
+    """Whether MLX computes on a CUDA GPU."""
+    import mlx.core as mx  # the rest of this module needs no MLX
+
+    return mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
+
+
 def footprint() -> int:
     """Bytes this process holds now. Takes microseconds."""
+    if on_cuda():
+        return _mlx_holds()
     if sys.platform == "darwin":
         return _rusage().ri_phys_footprint
     with open("/proc/self/statm", "rb") as file:
@@ -74,6 +88,10 @@ def footprint() -> int:
 
 def peak_footprint() -> int:
     """The largest footprint so far, bytes."""
+    if on_cuda():
+        import mlx.core as mx
+
+        return max(mx.get_peak_memory(), _mlx_holds())
     if sys.platform == "darwin":
         return _rusage().ri_lifetime_max_phys_footprint
     # ru_maxrss would inherit the parent's peak through fork
@@ -82,6 +100,12 @@ def peak_footprint() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return footprint()
+
+
+def _mlx_holds() -> int:
+    import mlx.core as mx
+
+    return mx.get_active_memory() + mx.get_cache_memory()
 
 
 def return_freed_memory() -> None:
@@ -109,6 +133,10 @@ def memory_limit() -> int | None:
 
 def available_memory() -> int:
     """Bytes that this process may still take, page cache counted as free."""
+    if on_cuda():
+        import mlx.core as mx
+
+        return int(mx.device_info()["free_memory"])
     room = [psutil.virtual_memory().available]
     room += [limit - used for limit, used in _cgroups()]
     return max(0, min(room))

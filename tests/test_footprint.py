@@ -362,3 +362,16 @@ print(json.dumps(seen))
     assert 60 * MB <= cached - held <= 72 * MB
     assert held < budget < group.limit
     assert group.page_cache() > 40 * MB  # the file was charged, so `cached` says something
+
+
+def test_on_cuda_memory_is_what_mlx_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "on_cuda", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"free_memory": 5 << 30})
+    mx.clear_cache()
+    before = subject.footprint()
+    held = mx.zeros((1 << 20,))
+    mx.eval(held)
+    assert subject.footprint() - before == held.nbytes
+    assert subject.peak_footprint() >= subject.footprint()
+    budget, why = subject.default_budget()
+    assert budget == subject.footprint() + (5 << 30) - (5 << 28) and "available" in why
