@@ -34,10 +34,10 @@ from .metal import launch as metal_launch
 from .metal.launch import Launch
 
 Key = tuple[Any, ...]
+Formats = tuple[check.Format, ...]
 
 GAIN = 0.95  # of MLX's time, at most
 TURNS, CALLS = 5, 8  # evaluations that take turns, products in each
-STEPS = 64  # of one gated delta launch, whose source is compiled for their number
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _mlx: dict[str, Callable[..., Any]] = {
@@ -52,16 +52,17 @@ class Taken:
 
     def __init__(self) -> None:
         self.launch: Launch | None = None
-        self.usable: dict[str, bool] = {}  # checks that were made
+        self.usable: dict[tuple[str, Formats], bool] = {}  # checks that were made
         self.tried: dict[Key, bool] = {}  # shapes of products that were timed
 
-    def uses(self, name: str) -> bool:
-        """Whether the check `name` passes on this GPU; made at the first call."""
+    def uses(self, name: str, formats: Formats = ()) -> bool:
+        """Whether the check `name` passes on this GPU, with weights so; made at the first call."""
         if self.launch is None:
             return False
-        if name not in self.usable:
-            self.usable[name] = name in check.passing(self.launch, names=[name])
-        return self.usable[name]
+        key = name, formats
+        if key not in self.usable:
+            self.usable[key] = name in check.passing(self.launch, [name], formats)
+        return self.usable[key]
 
     def prefers(self, key: Key, ours: Iterator[mx.array], theirs: Iterator[mx.array]) -> None:
         """Times both, if it was not done before."""
@@ -101,15 +102,19 @@ def install(
     # mlx-lm has a Metal kernel of its own, and elsewhere a loop over tokens in single operations
     if not mx.metal.is_available() and uses_delta(model) and uses("delta"):
         gated_delta.gated_delta_ops = gated_delta_ops
-    if counts and uses("linear"):
+    if mx.metal.is_available() or launch is not None:  # measured with CUDA: nothing gained
         try_linears(model, counts)
-        if any(_taken.tried.values()):
-            mx.quantized_matmul = quantized_matmul
-    if switches and uses("experts"):
         try_switches(switches, [1, *counts], top_k)
-        if any(good for key, good in _taken.tried.items() if key[0] == "switch"):
-            switch_layers.SwitchGLU.__call__ = switch
+    if _gained("linear"):
+        mx.quantized_matmul = quantized_matmul
+    if _gained("switch"):
+        switch_layers.SwitchGLU.__call__ = switch
     return True
+
+
+def _gained(kind: str) -> int:
+    """How many shapes of linears, or of switches, ours are faster for."""
+    return sum(good for key, good in _taken.tried.items() if key[0] == kind)
 
 
 def uninstall() -> None:
@@ -121,9 +126,9 @@ def uninstall() -> None:
     switch_layers.SwitchGLU.__call__ = _mlx["switch"]
 
 
-def uses(name: str) -> bool:
-    """Whether the kernel of that check runs in this process."""
-    return _taken.uses(name)
+def uses(name: str, formats: Formats = ()) -> bool:
+    """Whether the kernel of that check runs in this process, with weights of these formats."""
+    return _taken.uses(name, formats)
 
 
 def launch() -> Launch:
@@ -135,11 +140,11 @@ def launch() -> Launch:
 def describe() -> str:
     """One line for people."""
     names = {"delta": "gated delta", "codes": "attention over codes"}
-    good = [text for name, text in names.items() if _taken.usable.get(name)]
+    good = [text for name, text in names.items() if _taken.usable.get((name, ()))]
     for kind in ("linear", "switch"):
-        tried = [good for key, good in _taken.tried.items() if key[0] == kind]
-        if any(tried):
-            good.append(f"{kind} of {sum(tried)} of {len(tried)} shapes")
+        if gained := _gained(kind):
+            tried = sum(key[0] == kind for key in _taken.tried)
+            good.append(f"{kind} of {gained} of {tried} shapes")
     return f"GPU kernels: {', '.join(good) or 'MLX own'}"
 
 
@@ -159,7 +164,7 @@ def try_linears(model: nn.Module, rows: Iterable[int]) -> None:
     for stacks in alike.values():
         for count in rows:
             x = like(stacks[0], count)
-            if products.fits(x, stacks[0]):
+            if products.fits(x, stacks[0]) and uses("linear", (format_of(stacks[0]),)):
                 ours = (products.linear(launch(), x, s) for s in cycle(stacks))
                 theirs = (by_mlx(x, s) for s in cycle(stacks))
                 _taken.prefers(("linear", count, *form(stacks[0])), ours, theirs)
@@ -176,7 +181,8 @@ def try_switches(switches: Sequence[nn.Module], rows: Iterable[int], top_k: int)
         for count in rows:
             x = like(gate, count)
             slots = mx.random.randint(0, gate.w.shape[0], (count, top_k))
-            if fits(x, layers[0]):
+            formats = tuple(format_of(stack) for stack in stacks_of(layers[0])[1:])
+            if fits(x, layers[0]) and uses("experts", formats):
                 ours = (
                     products.gather_swiglu(launch(), x, slots, *stacks_of(s)) for s in cycle(layers)
                 )
@@ -242,21 +248,8 @@ def gated_delta_ops(
         return _mlx["gated_delta_ops"](q, k, v, g, beta, state, mask)
     if state is None:
         state = mx.zeros((v.shape[0], *v.shape[2:], k.shape[-1]))
-    outputs, start = [], 0
-    for count in pieces(k.shape[1]):
-        part = slice(start, start + count)
-        of_q, of_k, of_v, of_g, of_beta = (a[:, part] for a in (q, k, v, g, beta))
-        y, state, _ = delta.steps(launch(), of_q, of_k, of_v, of_g, of_beta, state)
-        outputs.append(y)
-        start += count
-    return (outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)), state
-
-
-def pieces(steps: int) -> list[int]:
-    """Launches for so many steps, of few different lengths: powers of two, at most `STEPS`."""
-    rest = steps % STEPS
-    powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
-    return [STEPS] * (steps // STEPS) + powers
+    y, after, _ = delta.steps(launch(), q, k, v, g, beta, state)
+    return y, after
 
 
 def switch(self: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
@@ -304,6 +297,11 @@ def form(stack: Stack) -> Key:
     return (*stack.w.shape[-2:], stack.group_size, stack.bits, stack.mode, scales)
 
 
+def format_of(stack: Stack) -> check.Format:
+    """As the check names it."""
+    return stack.mode, stack.group_size, stack.bits
+
+
 def plain(stack: Stack) -> Stack:
     """Without the bias, which the layer adds."""
     return replace(stack, bias=None)
@@ -327,5 +325,5 @@ def by_mlx(x: mx.array, stack: Stack) -> mx.array:
 
 if __name__ == "__main__":
     _taken.launch = launcher()
-    right = [name for name in check.CHECKS if uses(name)]
+    right = [name for name in check.CHECKS if uses(name, check.FORMATS)]
     print(f"GPU kernels that are right here: {', '.join(right) or 'none'}")

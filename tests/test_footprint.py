@@ -371,7 +371,7 @@ def test_on_cuda_memory_is_what_mlx_holds(monkeypatch: pytest.MonkeyPatch) -> No
     before = subject.footprint()
     held = mx.zeros((1 << 20,))
     mx.eval(held)
-    assert subject.footprint() - before == held.nbytes
+    assert subject.footprint() - before >= held.nbytes
     assert subject.peak_footprint() >= subject.footprint()
     budget, why = subject.default_budget()
     assert budget == subject.footprint() + (5 << 30) - (5 << 28) and "available" in why

@@ -22,7 +22,13 @@ from . import codes, delta, products
 from .launch import Launch
 
 Pair = tuple[mx.array, mx.array]
-FORMATS = (("affine", 64, 4), ("affine", 32, 8), ("affine", 128, 6), ("mxfp4", 32, 4))
+Format = tuple[str, int, int]  # mode, group size, bits
+FORMATS: tuple[Format, ...] = (
+    ("affine", 64, 4),
+    ("affine", 32, 8),
+    ("affine", 128, 6),
+    ("mxfp4", 32, 4),
+)
 
 
 def on_cpu(fallback: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -46,9 +52,9 @@ def linear_reference(x: mx.array, stack: Stack) -> mx.array:
     return reference(x, w, scales, biases, **form, mode=stack.mode)
 
 
-def linears(launch: Launch) -> Iterable[Pair]:
+def linears(launch: Launch, formats: Iterable[Format] = FORMATS) -> Iterable[Pair]:
     """Products of 1, 3 and 16 rows, and what MLX makes of them."""
-    for mode, group, bits in FORMATS:
+    for mode, group, bits in formats:
         weights = stack(mode, group, bits, 75, 384)
         for M in (1, 3, 16):
             x = mx.random.normal((M, 384))
@@ -58,10 +64,10 @@ def linears(launch: Launch) -> Iterable[Pair]:
             )
 
 
-def experts(launch: Launch) -> Iterable[Pair]:
+def experts(launch: Launch, formats: Iterable[Format] = FORMATS) -> Iterable[Pair]:
     """Gathered products and SwiGLU over 5 slots, some absent."""
     slots = mx.array([[0, 3], [3, -1], [4, 0], [1, 3]])
-    for mode, group, bits in FORMATS:
+    for mode, group, bits in formats:
         gate, up = (stack(mode, group, bits, 5, 128, 256) for _ in range(2))
         down = stack(mode, group, bits, 5, 75, 128)
         x = mx.random.normal((4, 256))
@@ -75,7 +81,7 @@ def experts(launch: Launch) -> Iterable[Pair]:
         )
 
 
-def deltas(launch: Launch) -> Iterable[Pair]:
+def deltas(launch: Launch, formats: Iterable[Format] = FORMATS) -> Iterable[Pair]:
     """Five steps of two heads, and replays of three and of all five."""
     q, k = (mx.random.normal((1, 5, 2, 128)) / 128**0.5 for _ in range(2))
     v, state = mx.random.normal((1, 5, 4, 30)), mx.random.normal((1, 4, 30, 128))
@@ -97,7 +103,7 @@ def coded_side(bits: int, channels: int, D: int, tokens: int = 310) -> CodedSide
     return CodedSide(none, none, words, scales, none, none, points, mx.zeros((1, 2, 1, D)))
 
 
-def over_codes(launch: Launch) -> Iterable[Pair]:
+def over_codes(launch: Launch, formats: Iterable[Format] = FORMATS) -> Iterable[Pair]:
     """Sums over 300 codes and over 100, tops and totals, for 1 and 12 rows a head."""
     for width, rows, coded in ((4, 1, 300), (5, 12, 300), (7, 12, 100), (8, 1, 300)):
         keys, values = coded_side(width, 2, 128), coded_side(8, 1, 96)
@@ -108,7 +114,7 @@ def over_codes(launch: Launch) -> Iterable[Pair]:
         yield from zip(found, wanted, strict=True)
 
 
-CHECKS: dict[str, Callable[[Launch], Iterable[Pair]]] = {
+CHECKS: dict[str, Callable[..., Iterable[Pair]]] = {
     "linear": linears,
     "experts": experts,
     "delta": deltas,
@@ -128,13 +134,19 @@ def error(pairs: Iterable[Pair]) -> float:
 
 
 def passing(
-    launch: Launch, tolerance: float = 1e-4, names: Iterable[str] = CHECKS
+    launch: Launch,
+    names: Iterable[str] = CHECKS,
+    formats: Iterable[Format] = FORMATS,
+    tolerance: float = 1e-4,
 ) -> frozenset[str]:
-    """The checks within `tolerance` of the fallback on the CPU; warns of the others."""
+    """The checks within `tolerance` of the fallback on the CPU; warns of the others.
+
+    formats: of weights, that products are tried with.
+    """
     good = set()
     for name in names:
         try:
-            off = error(CHECKS[name](launch))
+            off = error(CHECKS[name](launch, formats))
             why = f"its results are off by {off:.1e}"
         except (RuntimeError, ValueError) as failed:
             off, why = float("inf"), (str(failed).strip().splitlines() or ["unknown error"])[0]

@@ -1,4 +1,5 @@
-// STEPS of a gated delta rule. A simdgroup owns one row of one head's state [DV, DK], in registers.
+// sizes[0] steps of a gated delta rule. A simdgroup owns one row of one head's state [DV, DK], in
+// registers.
 // d is the tape: what each step added along k.
 const int lane = thread_index_in_simdgroup;
 const int head = threadgroup_position_in_grid.y;
@@ -11,12 +12,13 @@ const int batch = head / HV;
 const int hv = head % HV;
 const int hk = hv / (HV / HK);
 const size_t base = (size_t(head) * DV + row) * DK;
+const int steps = sizes[0];
 float s[DK / 32];
 for (int i = 0; i < DK / 32; ++i) {
   s[i] = state[base + i * 32 + lane];
 }
-for (int t = 0; t < STEPS; ++t) {
-  const int at = batch * STEPS + t;
+for (int t = 0; t < steps; ++t) {
+  const int at = batch * steps + t;
   const int keys = (at * HK + hk) * DK;
   const int head_at = at * HV + hv;
   float memory = 0.0f;

@@ -38,10 +38,10 @@ def steps(
     Hv, Dv = v.shape[-2:]
     y, after, d = launch(
         "delta",
-        [q, k, v, g, beta, state.astype(mx.float32)],
+        [q, k, v, g, beta, state.astype(mx.float32), mx.array([T], mx.int32)],
         [
             ("T", q.dtype),
-            *(("STEPS", T), ("HK", Hk), ("HV", Hv), ("DK", Dk), ("DV", Dv)),
+            *(("HK", Hk), ("HV", Hv), ("DK", Dk), ("DV", Dv)),
             *(("VECTOR", int(g.ndim == 4)), ("SIMDGROUPS", SIMDGROUPS)),
         ],
         (-(-Dv // SIMDGROUPS), B * Hv),
@@ -64,9 +64,9 @@ def replay(
         return state.astype(mx.float32)
     (after,) = launch(
         "replay",
-        [k, g, d, state.astype(mx.float32)],
+        [k, g, d, state.astype(mx.float32), mx.array([T, keep], mx.int32)],
         [
-            *(("STEPS", T), ("KEEP", keep), ("HK", Hk), ("HV", Hv), ("DK", Dk), ("DV", Dv)),
+            *(("HK", Hk), ("HV", Hv), ("DK", Dk), ("DV", Dv)),
             *(("VECTOR", int(g.ndim == 4)), ("SIMDGROUPS", SIMDGROUPS)),
         ],
         (-(-Dv // SIMDGROUPS), B * Hv),

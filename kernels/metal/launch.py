@@ -20,8 +20,8 @@ import mlx.core as mx
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("x", "w", "scales", "biases"), ("y",)),
     "experts": (("x", "slots", "wa", "sa", "ba", "wb", "sb", "bb"), ("y",)),
-    "delta": (("q", "k", "v", "g", "beta", "state"), ("y", "after", "d")),
-    "replay": (("k", "g", "d", "state"), ("after",)),
+    "delta": (("q", "k", "v", "g", "beta", "state", "sizes"), ("y", "after", "d")),
+    "replay": (("k", "g", "d", "state", "sizes"), ("after",)),
     "codes": (
         (
             *("q", "key_words", "key_scales", "key_points"),
