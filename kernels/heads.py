@@ -28,7 +28,7 @@ ROWS = 16  # at most
 class Parts:
     """What a head's step is made of; tied: `words` is the embedding."""
 
-    embedding: nn.Module
+    embedding: Any  # called with tokens
     embed_norm: nn.Module
     hidden_norm: nn.Module
     join: nn.Module
@@ -51,7 +51,8 @@ def step(
 ) -> tuple[mx.array, mx.array, mx.array] | None:
     """tokens [1, T], hidden [1, T, D] -> logits [1, 1, V], x and norm(x) [1, 1, D] of the last row.
 
-    owner: what has the parts and is none. The cache grows by T. None where there is no such operation: nothing has happened then.
+    owner: what has the parts and is none. The cache grows by T. None where there is no such
+    operation: nothing has happened then.
     """
     if qwen3_5.TextModel.__call__ is not plans.text_model or not float32(hidden):
         return None  # the kernels are not installed

@@ -272,8 +272,9 @@ def parts_of_layer(
     """
     if type(layer) is not qwen3_5.DecoderLayer:
         return None
-    block, norm = layer["mlp"], layer["post_attention_layernorm"]
-    if type(block) is not moe or block.sharding_group is not None:
+    block: Any = layer["mlp"]
+    norm = layer["post_attention_layernorm"]
+    if block.__class__ is not moe or block.sharding_group is not None:
         return None
     if not float32(norm["weight"]):
         return None
@@ -289,5 +290,3 @@ def parts_of_layer(
     pager = getattr(block["switch_mlp"], "pager", None)
     second = whole_moe(block, 1, norm) if pager is None else paged_moe(block, pager.switch, norm)
     return None if first is None or second is None else (first, second, pager)
-
-

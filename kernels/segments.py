@@ -2,8 +2,8 @@
 
 Where experts are paged a segment ends with what a router chose and the next begins with those
 experts, computed at once and not by MLX's graph, since the choice is read back anyway. Rows of a
-pass can be taken back where a `Tape` was given: keys and values are cut, and for the states of gated
-delta nets the pass leaves what they were made of. `kernels.plans` makes segments of a model.
+pass can be taken back where a `Tape` was given: keys and values are cut, and for the states of
+gated delta nets the pass leaves what they were made of. `kernels.plans` makes segments of a model.
 
     python -m pytest tests/test_kernels_segments.py
 """

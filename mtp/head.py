@@ -234,10 +234,11 @@ class Head(nn.Module):
         unit = self.units[min(step, self.depth - 1)]
         if leave == "last" or (leave == "all" and tokens.size == 1):
             own = self.cache_of(cache, step)
-            if (parts := unit.parts(self.trunk)) is not None:
-                if (whole := heads.step(unit, parts, tokens, hidden, own)) is not None:
-                    logits, x, normed = whole
-                    return logits, normed if self.hidden == "post_norm" else x
+            parts = unit.parts(self.trunk)
+            whole = None if parts is None else heads.step(unit, parts, tokens, hidden, own)
+            if whole is not None:
+                logits, x, normed = whole
+                return logits, normed if self.hidden == "post_norm" else x
         x = unit(self.trunk.embed(tokens), hidden, self.cache_of(cache, step), leave)
         normed = unit.norm(x)
         ends = normed[:, -1:] if last else normed

@@ -20,7 +20,8 @@ class Pager:
     """switch: mlx-lm's, over the slots of the pool."""
 
     def __init__(self, run: Executor, layer: int, switch: nn.Module):
-        self._calls, self._layer, self.switch = run.fetching, layer, switch
+        self._run, self._layer, self.switch = run, layer, switch
+        self._calls = run.fetching
 
     def fetch(
         self, ids: mx.array, x: mx.array | None = None
