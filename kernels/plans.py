@@ -272,9 +272,8 @@ def parts_of_layer(
     """
     if type(layer) is not qwen3_5.DecoderLayer:
         return None
-    block: Any = layer["mlp"]
-    norm = layer["post_attention_layernorm"]
-    if block.__class__ is not moe or block.sharding_group is not None:
+    block, norm = layer["mlp"], layer["post_attention_layernorm"]
+    if type(block) not in (moe,) or block.sharding_group is not None:
         return None
     if not float32(norm["weight"]):
         return None
