@@ -109,7 +109,10 @@ class Foresight:
         for guesser in self._sources.values():
             guesser.observe(layer, self._tokens, rows)
         if self._guessing:
-            given = None if x is None else np.array(x.astype(mx.float32)).reshape(len(rows), -1)
+            given = None
+            if x is not None:
+                given = np.array(x if x.dtype == mx.float32 else x.astype(mx.float32))
+                given = given.reshape(len(rows), -1)
             keep = layer, frozenset(ids.reshape(-1).tolist())
             self._ask(Moment(self._tokens, layer, given), keep)
 

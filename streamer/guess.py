@@ -12,6 +12,7 @@ Rehearsals (`streamer.rehearse`, `kernels.segments`) tell `Rehearsed`. Guessers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -92,45 +93,49 @@ class Frequency:
 class Token:
     """What each layer chose when this token id was put in before.
 
-    Counts of each choice's repetitions, up and down by one as in branch predictors; a token
-    whose place another took is forgotten.
+    Counts of each choice's repetitions, up and down by one as in branch predictors; what came
+    once is not guessed yet. A token whose place another took is forgotten. Of the first 16384
+    experts of a layer.
     """
 
     def __init__(self, layers: int, top_k: int):
         self._width = 2 * top_k
-        self._places = max(1, min(TOKENS, MEMORY // max(1, layers * (3 * self._width + 4))))
-        shape = layers, self._places, self._width
-        self._experts = np.zeros(shape, np.uint16)
-        self._sure = np.zeros(shape, np.uint8)
-        self._whose = np.full(shape[:2], -1, np.int32)
+        self._places = max(1, min(TOKENS, MEMORY // max(1, layers * (2 * self._width + 4))))
+        # expert << 2 | count, the surest first, 0 where there are no more
+        self._known = np.zeros((layers, self._places, self._width), np.uint16)
+        self._whose = np.full((layers, self._places), -1, np.int32)
 
     def observe(self, layer: int, tokens: np.ndarray, ids: np.ndarray) -> None:
+        whose = self._whose[layer]
         for token, chosen in zip(tokens.tolist(), ids.tolist(), strict=True):
             place = token % self._places
-            known: dict[int, int] = {}
-            if self._whose[layer, place] == token:
-                experts, sure = self._experts[layer, place], self._sure[layer, place]
-                known = {e: n - 1 for e, n in zip(experts.tolist(), sure.tolist(), strict=True)}
-            for expert in chosen:
-                known[expert] = min(SURE, known.get(expert, -1) + 2)
-            kept = sorted(((n, e) for e, n in known.items() if n > 0), reverse=True)[: self._width]
-            self._whose[layer, place] = token
-            self._experts[layer, place, : len(kept)] = [e for _, e in kept]
-            self._sure[layer, place] = 0
-            self._sure[layer, place, : len(kept)] = [n for n, _ in kept]
+            codes = self._known[layer, place]
+            sure = dict.fromkeys(chosen, 1)
+            if whose[place] == token:
+                for code in codes.tolist():
+                    expert, n = code >> 2, code & 3
+                    if not n:
+                        break
+                    if expert in sure:
+                        sure[expert] = min(SURE, n + 1)
+                    elif n > 1:
+                        sure[expert] = n - 1
+            whose[place] = token
+            kept = sorted((n, e) for e, n in sure.items())[: -self._width - 1 : -1]
+            codes[: len(kept)] = [e << 2 | n for n, e in kept]
+            codes[len(kept) :] = 0
 
     def guess(self, moment: Moment) -> Iterable[Guess]:
         if moment.at >= 0:
             return
         for token in set(moment.tokens.tolist()):
             place = token % self._places
-            there = self._whose[:, place] == token
-            experts, sure = self._experts[:, place].tolist(), self._sure[:, place].tolist()
-            for layer in np.flatnonzero(there).tolist():
-                for expert, n in zip(experts[layer], sure[layer], strict=True):
-                    if not n:
+            whose = self._whose[:, place].tolist()
+            for layer, codes in enumerate(self._known[:, place].tolist()):
+                for code in codes if whose[layer] == token else ():
+                    if code & 3 < 2:  # the surest come first
                         break
-                    yield Guess(layer, expert, n / (SURE + 1))
+                    yield Guess(layer, code >> 2, (code & 3) / (SURE + 1))
 
 
 class Router:
@@ -171,7 +176,7 @@ class Router:
             order = np.argpartition(row, -self._k - 1)
             last = row[order[-self._k - 1]]  # the best that is not chosen
             for expert in order[-self._k :].tolist():
-                yield Guess(at + 1, expert, 1 - 0.7 * float(np.exp(last - row[expert])))
+                yield Guess(at + 1, expert, 1 - 0.7 * math.exp(last - row[expert]))
 
 
 class Rehearsed:

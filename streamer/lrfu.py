@@ -32,6 +32,10 @@ class Lrfu(SlotPool):
         self._parts = [slice(a, b) for a, b in pairwise(ends)]
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of every expert
         self._heat = np.zeros(self.total)  # expected number of the last 1 / (1 - DECAY) rows
+        self._heats = [self._heat[part] for part in self._parts]
+        count = len(experts)  # turns[at][layer]: layers from `at` to the layer, of all
+        steps = (np.arange(count) - np.arange(count)[:, None] - 1) % count + 1
+        self._turns = steps / count
         self._held = np.full(slots, -1)  # which expert lies in a slot
         self._unused: dict[tuple[int, int], None] = {}
         self._expected: set[tuple[int, int]] = set()
@@ -39,17 +43,19 @@ class Lrfu(SlotPool):
 
     def heat(self, layer: int) -> np.ndarray:
         """A view: the decayed number of rows that chose each expert of the layer."""
-        return self._heat[self._parts[layer]]
+        return self._heats[layer]
 
     def chose(self, layer: int, ids: np.ndarray) -> None:
-        heat, top_k = self.heat(layer), ids.shape[-1]
+        heat, top_k = self._heats[layer], ids.shape[-1]
         rows = ids.size // top_k
-        weights = None  # one row, the usual case: all weigh 1
-        if rows > 1:
-            weights = np.repeat(DECAY ** np.arange(rows - 1.0, -1.0, -1.0), top_k)
+        self._at = layer
+        if rows == 1:  # the usual case, whose ids differ from one another
+            heat *= DECAY
+            heat[ids.reshape(-1)] += 1
+            return
+        weights = np.repeat(DECAY ** np.arange(rows - 1.0, -1.0, -1.0), top_k)
         heat *= DECAY**rows
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
-        self._at = layer
 
     def seed(self, layer: int, shares: np.ndarray) -> None:
         self.heat(layer)[:] = shares / (1 - DECAY)
@@ -85,12 +91,11 @@ class Lrfu(SlotPool):
 
     def victims(self, wanted: int | None = None) -> Iterator[tuple[int, int]]:
         yield from list(self._unused)
-        slots = np.flatnonzero(self._held >= 0)
-        keys = self._held[slots]
+        keys = self._held[self._held >= 0]
         layers = self._layer[keys]
-        ahead = (layers - self._at - 1) % len(self._parts) + 1
         share = np.maximum(self._heat[keys] * (1 - DECAY), NEVER)
-        soon = -(1 / share + ahead / len(self._parts))  # less is later
+        soon = -1 / share
+        soon -= self._turns[self._at][layers]  # less is later
         count = len(keys) if wanted is None else wanted + len(self._unused) + len(self._expected)
         last: list[tuple[int, int]] = []
         for order in _least(soon, count):

@@ -115,8 +115,7 @@ class Residency:
 
     def _chose(self, layer: int, ids: np.ndarray) -> None:
         self.pool.chose(layer, ids)
-        uses = self.uses[layer]
-        uses += np.bincount(ids.reshape(-1), minlength=len(uses))
+        np.add.at(self.uses[layer], ids.reshape(-1), 1)
 
     def _hit(self, layer: int, ids: np.ndarray, hits: list[int], misses: int) -> None:
         fresh = self._used(layer, hits) if self.fresh else frozenset()
@@ -225,8 +224,9 @@ class Residency:
         """
         self.settle()
         new = [e for e in experts if not self.ahead.reads(layer, e)][: max(0, room)]
+        taken = iter(self.pool.take(len(new), keep))
         for wave in self._waves(new):
-            slots = self.pool.take(len(wave), keep)
+            slots = list(itertools.islice(taken, len(wave)))
             reading = self.load(layer, wave, slots, guess=deadline or None)
             self.ahead.add(layer, wave, slots, reading)
         self.moved()
@@ -282,8 +282,9 @@ class Residency:
 
     def settle(self) -> None:
         """Nothing lazy reads the pool any more; slots may be refilled."""
-        mx.eval(self._unsettled)
-        self._unsettled.clear()
+        if self._unsettled:
+            mx.eval(self._unsettled)
+            self._unsettled.clear()
         for layer, indices in self._unread:
             ids = np.array(indices)
             experts = np.unique(ids)
