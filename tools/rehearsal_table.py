@@ -7,7 +7,8 @@
 
 The disk is imitated: reads come from the page cache and sleep until a disk of that bandwidth
 (GB/s) would have sent them; 0 is as it comes. Executors take turns in one process, each with
-a model of its own; medians of the rounds after the first, ratios turn by turn. `run` adds a
+a model of its own and every turn with another prompt, the same for all; medians of the rounds
+after the first, ratios turn by turn. `run` adds a
 line to the file for every cell and leaves out those that are there, so that it can be
 interrupted; --seconds ends it before a cell for which no time is left. The roofline of a step
 is the larger of its compute with everything resident and its misses at the disk's bandwidth.
@@ -30,7 +31,6 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
 
-from streamer.bench import PROMPT
 from streamer.console import Parser, command, number, say
 from streamer.disk import Disk
 from streamer.engine import Timing, generate
@@ -44,6 +44,16 @@ HEADER = (
     "| read-backs a pass | recall | precision | misses a token | disk busy | of roofline |\n"
     + "|---" * 14
     + "|"
+)
+PROMPTS = (
+    "import os\nimport sys\n\n\ndef main(argv=None):\n    ",
+    "class Parser:\n    def __init__(self, text):\n        ",
+    "def read_file(path, encoding=None):\n    with open(",
+    "import unittest\n\nclass TestList(unittest.TestCase):\n    def test_",
+    "    def __repr__(self):\n        return ",
+    "try:\n    import threading\nexcept ImportError:\n    ",
+    "for name, value in sorted(self.items()):\n    if ",
+    "def dumps(obj, *, indent=None, sort_keys=False):\n    ",
 )
 KEY = ("model", "pool", "disk", "drafts")
 
@@ -146,7 +156,8 @@ class _Turns:
             executor=executor,  # type: ignore[arg-type]
             disk=Disk(disk) if disk else None,
         )
-        self._prompt = list(load_tokenizer(path).encode(PROMPT))
+        encode = load_tokenizer(path).encode
+        self._prompts = [list(encode(text)) for text in PROMPTS]
         self.size = stored_bytes(self.model.streamer.opened.layers[0].format)
         self.seconds: list[float] = []  # a token
         self.out: list[list[int]] = []
@@ -161,7 +172,7 @@ class _Turns:
         out: list[int] = []
         steps = generate(
             model,
-            self._prompt,
+            self._prompts[len(self.seconds) % len(PROMPTS)],
             make_prompt_cache(model),
             max_tokens=count,
             timing=timing,
