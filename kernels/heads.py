@@ -51,7 +51,7 @@ def step(
 ) -> tuple[mx.array, mx.array, mx.array] | None:
     """tokens [1, T], hidden [1, T, D] -> logits [1, 1, V], x and norm(x) [1, 1, D] of the last row.
 
-    owner: what has the parts and is none. The cache grows by T. None where there is no such
+    owner: what has the parts and is none of them. The cache grows by T. None where there is no such
     operation: nothing has happened then.
     """
     if qwen3_5.TextModel.__call__ is not plans.text_model or not float32(hidden):
@@ -65,7 +65,7 @@ def step(
     if plan is None or (isinstance(plan.run, Pages) and not plan.run.takes(plan.top_k)):
         return None
     ids = tokens if tokens.dtype in plans.TOKENS else tokens.astype(mx.int32)
-    logits, x, normed = plan.run([ids, hidden], cache)
+    logits, x, normed = plan.run.soon([ids, hidden], cache)
     return logits, x, normed
 
 

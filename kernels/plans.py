@@ -85,7 +85,12 @@ class Plan:
         if self.embed is not None:
             x = self.embed(x)
         for run in self.runs:
-            x = run([x], cache, tape)[0] if isinstance(run, Row | Pages) else run(x, cache, masks)
+            if not isinstance(run, Row | Pages):
+                x = run(x, cache, masks)
+            elif tape is None:
+                x = run([x], cache)[0]
+            else:
+                x = run.soon([x], cache, tape)[0]
         return x if self.last is None else self.last(x)
 
 

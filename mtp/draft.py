@@ -19,8 +19,10 @@ import mlx.core as mx
 from .head import Head, Leave
 
 WAITING = 16  # verified rows that wait for the next draft
-Choose = Callable[[mx.array, Sequence[mx.array]], mx.array]  # logits [1, V], drafts -> token [1]
-GoesOn = Callable[[mx.array], tuple[bool, bool]]  # draft [1] -> whether to take it, to make another
+Token = mx.array | int  # [1], or looked at already
+Tokens = mx.array | list[int]  # [T]
+Choose = Callable[[mx.array, Sequence[Any]], Token]  # logits [1, 1, V], drafts before -> draft
+GoesOn = Callable[[Any], tuple[bool, bool]]  # draft -> whether to take it, to make another
 
 
 class Drafter:
@@ -36,7 +38,7 @@ class Drafter:
         """Start another sequence."""
         self.rows = 0  # positions noted
         self.cache: list[Any] = self.head.make_cache()
-        self._waiting: list[tuple[mx.array, mx.array]] = []
+        self._waiting: list[tuple[mx.array, Tokens]] = []
         # of every unit but the first: states whose token is the next to be verified
         self._late: list[mx.array | None] = [None] * self._units
         self._first: tuple[mx.array, mx.array] | None = None  # logits [1, 1, V], state [1, 1, D]
@@ -44,7 +46,8 @@ class Drafter:
     @property
     def state(self) -> list[Any]:
         """What `resume` needs besides the caches: numbers, arrays and None."""
-        return [self.rows, [list(pair) for pair in self._waiting], list(self._late)]
+        waiting = [[hidden, mx.array(tokens)] for hidden, tokens in self._waiting]
+        return [self.rows, waiting, list(self._late)]
 
     def resume(self, cache: list[Any], state: list[Any]) -> None:
         """Go on as the drafter of the same head whose `cache` and `state` these were."""
@@ -56,9 +59,9 @@ class Drafter:
         if len(late) == self._units:
             self._late = list(late)
 
-    def note(self, hidden: mx.array, tokens: mx.array) -> None:
+    def note(self, hidden: mx.array, tokens: Tokens) -> None:
         """Verified states [1, T, D] of the kind the head takes, and the tokens after them [T]."""
-        self.rows += tokens.size
+        self.rows += len(tokens)
         self._waiting.append((hidden, tokens))
         if len(self._waiting) > 2 * WAITING:
             self._shorten()
@@ -71,8 +74,8 @@ class Drafter:
         self.rows = positions
         while surplus and self._waiting:
             hidden, tokens = self._waiting.pop()
-            stay = max(0, tokens.size - surplus)
-            surplus -= tokens.size - stay
+            stay = max(0, len(tokens) - surplus)
+            surplus -= len(tokens) - stay
             if stay:
                 self._waiting.append((hidden[:, :stay], tokens[:stay]))
         _trim(self.cache, surplus)
@@ -87,8 +90,11 @@ class Drafter:
             self._shorten()
         if not self._waiting:
             return
-        hidden = mx.concatenate([h for h, _ in self._waiting], axis=1)
-        tokens = mx.concatenate([t for _, t in self._waiting])
+        hidden, held = self._waiting[0]
+        tokens = mx.array([held]) if isinstance(held, list) else held[None]
+        if len(self._waiting) > 1:
+            hidden = mx.concatenate([h for h, _ in self._waiting], axis=1)
+            tokens = mx.concatenate([mx.array(t) for _, t in self._waiting])[None]
         self._waiting = []
         count = tokens.size
         for unit in range(self._units):
@@ -103,35 +109,36 @@ class Drafter:
             final = unit == self._units - 1
             leave: Leave = "all" if not final else "none" if prompt else "last"
             logits, hidden = self.head(
-                hidden[:, :count],
-                tokens[None, tokens.size - count :],
+                _part(hidden, 0, count),
+                _part(tokens, tokens.size - count, count),
                 self.cache,
                 unit,
                 last=True,
                 leave=leave,
             )
             if not unit:
-                self._first = None if leave == "none" else (logits, hidden[:, -1:])
+                self._first = None if leave == "none" else (logits, _part(hidden, -1, 1))
 
-    def draft(self, count: int, choose: Choose, goes_on: GoesOn | None = None) -> list[mx.array]:
-        """Up to `count` >= 1 tokens [1] after the last noted one, not evaluated.
+    def draft(self, count: int, choose: Choose, goes_on: GoesOn | None = None) -> list[Any]:
+        """Up to `count` >= 1 tokens after the last noted one, as `choose` gives them.
 
-        choose is given the head's logits [1, V] and the drafts before, goes_on each draft.
+        choose is given the head's logits [1, 1, V] and the drafts before, goes_on each draft.
         """
         self.catch_up()
         assert self._first is not None, "nothing was noted"
         logits, hidden = self._first
-        drafts: list[mx.array] = []
+        drafts: list[Token] = []
         rows = 0  # of drafts, in the head's cache
         while True:
-            token = choose(logits[:, -1], drafts)
+            token = choose(logits, drafts)
             take, more = goes_on(token) if goes_on else (True, True)
             drafts += [token] if take else []
             if not more or len(drafts) == count:
                 break
             # deeper steps than units repeat the last one, on rows of its own
             rows += 1
-            logits, hidden = self.head(hidden, token[None], self.cache, rows)
+            row = mx.array([[token]]) if isinstance(token, int) else token[None]
+            logits, hidden = self.head(hidden, row, self.cache, rows)
         for step in range(1, rows + 1):
             _trim(self.head.cache_of(self.cache, step), 1)
         return drafts
@@ -144,10 +151,20 @@ class Drafter:
             if room <= 0:
                 break
             kept.append((hidden[:, -room:], tokens[-room:]))
-            total += min(room, tokens.size)
-        if sum(t.size for _, t in self._waiting) > total:
+            total += min(room, len(tokens))
+        if sum(len(t) for _, t in self._waiting) > total:
             self._late = [None] * self._units
         self._waiting = kept[::-1]
+
+
+def _part(rows: mx.array, start: int, count: int) -> mx.array:
+    """`count` of the rows [1, T, ...]; the array itself where that is all of it.
+
+    A slice would have to be evaluated.
+    """
+    if count == rows.shape[1]:
+        return rows
+    return rows[:, start:] if start < 0 else rows[:, start : start + count]
 
 
 def _trim(caches: Sequence[Any], rows: int) -> None:

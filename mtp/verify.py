@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import greedy_sampler, make_sampler
+
+from kernels import backend
 
 Sampler = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> token [1]
 Filter = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> the same, some -inf
@@ -112,6 +114,14 @@ class Residual:
 Rule = Shared | Residual
 
 
+class Likeliest(NamedTuple):
+    """The likeliest token of a row, whether another is within rounding of it, its probability."""
+
+    token: int
+    near: bool
+    confidence: float  # 0 where it was not asked for
+
+
 def accept(p: mx.array, q: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
     """The residual rule on probabilities.
 
@@ -156,8 +166,24 @@ def filters_of(sampler: Sampler) -> tuple[Sequence[Filter], float] | None:
     return filters, temperature
 
 
+def likeliest(logits: mx.array, confident: bool = False) -> list[Likeliest]:
+    """Of each row of logits [..., V], at once; as by log probabilities, which are rounded."""
+    if logits.dtype == mx.float32 and backend.available():
+        native = backend.native()
+        assert native is not None
+        found = native.choose(logits, NEAR[mx.float32], confident)
+        if not any(unsure for _, _, unsure, _ in found):
+            return [Likeliest(token, near, share) for token, near, _, share in found]
+    rows = logits.reshape(-1, logits.shape[-1])
+    logprobs = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+    tokens, near, most = mx.argmax(logprobs, axis=-1), near_tie(rows, logprobs), logprobs.max(-1)
+    mx.eval(tokens, near, most)
+    shares = mx.exp(most).tolist()
+    return [Likeliest(*row) for row in zip(tokens.tolist(), near.tolist(), shares, strict=True)]  # type: ignore[arg-type]
+
+
 def near_tie(logits: mx.array, logprobs: mx.array) -> mx.array:
-    """Whether the two likeliest of a row [1, V] are within rounding of each other: [1].
+    """Whether the two likeliest of each row [R, V] are within rounding of each other: [R].
 
     logits: the model's, whose size says how they were rounded; logprobs: what was
     chosen from. A pass over one row and one over several round differently, so

@@ -183,15 +183,18 @@ class _Run:
         """Put in the last token and up to `count` drafts, or nothing where none is worth it."""
         assert self._speculation is not None
         self._base = self._timing.cached
-        last = self.last.astype(mx.int32)
-        return self._speculation.verify(self._cache, last, count, rule, self._rows, stop)
+        last = self.last if self.last.dtype == mx.int32 else self.last.astype(mx.int32)
+        rows = self._rows if self._processors else None
+        return self._speculation.verify(self._cache, last, count, rule, rows, stop)
 
     def keep(self, block: Block, given: int, *, final: bool) -> None:
         """The first `given` tokens of a block are out; final: the others will not be."""
         self._timing.cached = self._base + given
         if final:
-            self._put_in(mx.concatenate([self.last.astype(mx.int32), block.tokens[: given - 1]]))
-            self.last = block.tokens[given - 1 : given]
+            if self._processors:
+                out = mx.array(block.tokens[: given - 1], dtype=mx.int32)
+                self._put_in(mx.concatenate([self.last.astype(mx.int32), out]))
+            self.last = mx.array(block.tokens[given - 1 : given])
             block.settle(given)
 
     def _rows(self, logits: mx.array, tokens: mx.array) -> mx.array:

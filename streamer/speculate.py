@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from cache.make import most_rows
@@ -22,7 +23,7 @@ from mtp.draft import Drafter
 from mtp.head import Head
 from mtp.hidden import take, watch
 from mtp.rollback import Tape, obstacle, updates
-from mtp.verify import Rule, near_tie
+from mtp.verify import Rule, likeliest, near_tie
 
 from .loading import StreamedSwitch
 
@@ -108,82 +109,136 @@ class Speculation:
         last: mx.array,
         count: int,
         rule: Rule,
-        rows: Callable[[mx.array, mx.array], mx.array],
+        rows: Callable[[mx.array, mx.array], mx.array] | None,
         stop: frozenset[int],
     ) -> Block | None:
         """Draft up to `count` tokens after `last` [1] and run one pass over them.
 
         rows(logits [1, V], inputs [T]): log probabilities [1, V] after this step's
-        `inputs`, the first of them `last`. The block ends with the first in `stop`.
-        None where no draft was worth a row; nothing of the trunk has run then.
+        `inputs`, the first of them `last`; None where they are those of the logits alone.
+        The block ends with the first in `stop`. None where no draft was worth a row; nothing of
+        the trunk has run then.
         """
         count = min(count, most_rows(cache) - 1)
         if count < 1:
             return None
         rule.begin()
         watch, began = self.model.streamer.watch, time.perf_counter()
-        made = self._draft(last, count, rule, rows)
+        way = _Greedy() if rule.greedy and rows is None else _Drawn(rule, rows or _alone)
+        made = self._draft(last, count, way)
         if watch is not None:
             watch.step("draft", len(made), time.perf_counter() - began)
             began = time.perf_counter()
         if not made:
             rule.end(0)
             return None
-        count, drafts = len(made), mx.concatenate(made)
-        mx.async_eval(drafts)  # they are computed while the pass over them is built
-        inputs = mx.concatenate([last, drafts])
-        with Tape(self.model, cache, inputs[None], self._updates) as tape:
-            logits = self.model(inputs[None], cache=cache)
+        inputs = way.inputs(last, made)
+        with Tape(self.model, cache, inputs, self._updates) as tape:
+            logits = self.model(inputs, cache=cache)
         hidden = self.hidden()
-        raw = [logits[:, i] for i in range(count + 1)]
-        probable = [rows(r, inputs[: i + 1]) for i, r in enumerate(raw)]
-        stood, tokens = rule.accept(drafts, probable)
-        ties = mx.zeros(0)
-        if rule.greedy:
-            ties = mx.concatenate([near_tie(*pair) for pair in zip(raw, probable, strict=True)])
-        mx.eval(stood, tokens, ties, *rule.pending)
-        accepted = int(stood.item())  # type: ignore[arg-type]
-        chosen: list[int] = tokens[: accepted + 1].tolist()  # type: ignore[assignment]
-        end = next((i for i, t in enumerate(chosen) if t in stop), accepted)
+        stood, tokens, near, probable = way.accept(made, inputs, logits)
+        chosen = tokens[: stood + 1]
+        end = next((i for i, t in enumerate(chosen) if t in stop), stood)
         c = self.counters
-        c.drafted += count
-        c.accepted += min(accepted, end + 1)
+        c.drafted += len(made)
+        c.accepted += min(stood, end + 1)
         c.verify_passes += 1
-        c.near_ties += int(ties[: end + 1].sum().item())  # type: ignore[arg-type]
+        c.near_ties += sum(near[: end + 1])
         if watch is not None:
-            watch.step("verify", count + 1, time.perf_counter() - began)
-        return Block(self, tape, rule, chosen[: end + 1], accepted, probable, hidden, tokens)
+            watch.step("verify", len(made) + 1, time.perf_counter() - began)
+        return Block(self, tape, rule, chosen[: end + 1], stood, probable, hidden, tokens)
 
-    def _draft(
-        self,
-        last: mx.array,
-        count: int,
-        rule: Rule,
-        rows: Callable[[mx.array, mx.array], mx.array],
-    ) -> list[mx.array]:
-        """Up to `count` tokens [1] worth verifying."""
-        row = last
-
-        def choose(logits: mx.array, before: Sequence[mx.array]) -> mx.array:
-            nonlocal row
-            row = rows(logits, mx.concatenate([last, *before]))
-            return rule.draft(row).astype(last.dtype)
-
+    def _draft(self, last: mx.array, count: int, way: _Greedy | _Drawn) -> list[Any]:
+        """Up to `count` tokens worth verifying."""
         self._drafting = []
-        if isinstance(self.depth, Fixed):
-            return self.drafter.draft(count, choose)
-        depth, began = self.depth, time.perf_counter()
+        depth = self.depth
+        if isinstance(depth, Fixed):
+            return self.drafter.draft(count, lambda logits, before: way.draft(last, logits, before))
+        began = time.perf_counter()
 
-        def goes_on(token: mx.array) -> tuple[bool, bool]:
+        def goes_on(token: Any) -> tuple[bool, bool]:
             nonlocal began
-            confidence = mx.exp(row.max())
-            mx.eval(token, confidence)
+            confidence = way.confidence(token)
             now = time.perf_counter()
             self._drafting.append(now - began)
             began = now
-            return depth.goes_on(confidence.item(), count)  # type: ignore[arg-type]
+            return depth.goes_on(confidence, count)
 
-        return self.drafter.draft(count, choose, goes_on)
+        return self.drafter.draft(
+            count, lambda logits, before: way.draft(last, logits, before, True), goes_on
+        )
+
+
+# How many drafts stand, the tokens after each row, whether each was near a tie, and their rows.
+Accepted = tuple[int, list[int], list[bool], list[mx.array]]
+
+
+class _Greedy:
+    """Drafts and rows looked at as they come: no graph, nothing to wait for."""
+
+    def __init__(self) -> None:
+        self._confidence = 0.0
+
+    def draft(
+        self, last: mx.array, logits: mx.array, before: Sequence[int], confident: bool = False
+    ) -> int:
+        found = likeliest(logits, confident)[-1]
+        self._confidence = found.confidence
+        return found.token
+
+    def confidence(self, token: int) -> float:
+        return self._confidence
+
+    def inputs(self, last: mx.array, drafts: list[int]) -> mx.array:
+        return mx.array([[int(last.item()), *drafts]])  # type: ignore[arg-type]
+
+    def accept(self, drafts: list[int], inputs: mx.array, logits: mx.array) -> Accepted:
+        found = likeliest(logits)
+        tokens = [one.token for one in found]
+        pairs = enumerate(zip(drafts, tokens, strict=False))
+        stood = next((i for i, (ours, true) in pairs if ours != true), len(drafts))
+        probable = _alone(logits[0])  # lazy: seldom looked at
+        rows = [probable[i : i + 1] for i in range(len(tokens))]
+        return stood, tokens, [one.near for one in found], rows
+
+
+class _Drawn:
+    """Drafts drawn and verified by a rule, all in one graph."""
+
+    def __init__(self, rule: Rule, rows: Callable[[mx.array, mx.array], mx.array]):
+        self._rule, self._rows = rule, rows
+        self._row = mx.zeros(0)
+
+    def draft(
+        self, last: mx.array, logits: mx.array, before: Sequence[mx.array], confident: bool = False
+    ) -> mx.array:
+        self._row = self._rows(logits[:, -1], mx.concatenate([last, *before]))
+        return self._rule.draft(self._row).astype(last.dtype)
+
+    def confidence(self, token: mx.array) -> float:
+        confidence = mx.exp(self._row.max())
+        mx.eval(token, confidence)
+        return confidence.item()  # type: ignore[return-value]
+
+    def inputs(self, last: mx.array, drafts: list[mx.array]) -> mx.array:
+        inputs = mx.concatenate([last, *drafts])[None]
+        mx.async_eval(inputs)  # they are computed while the pass over them is built
+        return inputs
+
+    def accept(self, drafts: list[mx.array], inputs: mx.array, logits: mx.array) -> Accepted:
+        raw = [logits[:, i] for i in range(inputs.size)]
+        probable = [self._rows(row, inputs[0, : i + 1]) for i, row in enumerate(raw)]
+        stood, tokens = self._rule.accept(mx.concatenate(drafts), probable)
+        ties = mx.zeros(0)
+        if self._rule.greedy:
+            ties = near_tie(mx.concatenate(raw), mx.concatenate(probable))
+        mx.eval(stood, tokens, ties, *self._rule.pending)
+        return int(stood.item()), tokens.tolist(), ties.tolist(), probable  # type: ignore[arg-type,return-value]
+
+
+def _alone(logits: mx.array, before: mx.array | None = None) -> mx.array:
+    """Log probabilities of logits [..., V], whatever came before."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 @dataclass
@@ -197,13 +252,22 @@ class Block:
     accepted: int
     rows: list[mx.array]
     hidden: mx.array
-    tokens: mx.array
+    tokens: list[int]  # of every row; those after chosen count for nothing
 
     def settle(self, kept: int) -> None:
         """Leave model and head as after the first `kept` >= 1 tokens, the last not yet run."""
         self.rule.end(kept)
         self.tape.rollback(kept)
-        self.owner.drafter.note(self.hidden[:, :kept], self.tokens[:kept])
+        self.owner.drafter.note(_first(self.hidden, kept), self.tokens[:kept])
+
+
+def _first(hidden: mx.array, rows: int) -> mx.array:
+    """The first rows of states [1, T, D], evaluated as they are: a slice would have to be."""
+    if rows == hidden.shape[1]:
+        return hidden
+    if hidden.dtype != mx.float32:
+        return hidden[:, :rows]
+    return mx.array(np.array(hidden, copy=False)[:, :rows])
 
 
 def why_not(model: nn.Module) -> str | None:

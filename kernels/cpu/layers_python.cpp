@@ -2,6 +2,7 @@
 #include <chrono>
 
 #include "attention_layer.h"
+#include "choose.h"
 #include "layers.h"
 #include "moe.h"
 #include "python.h"
@@ -310,8 +311,31 @@ void bind_layers(nb::module_& m) {
           "At once; arrivals: (pairs, ticket) of experts still being read. And the seconds waited.")
       .def(
           "rewind", &streamer::SegmentOp::rewind, "states"_a, "tape"_a, "rows"_a, "kept"_a,
-          "stream"_a = nb::none(),
-          "States of the gated delta nets after the first `kept` of a taped call's rows.");
+          "At once: states of the gated delta nets after the first `kept` of a taped call's rows.");
+  m.def(
+      "there",
+      [](const std::vector<mx::array>& arrays) {
+        for (const mx::array& a : arrays) {
+          if (!a.is_available()) return false;
+        }
+        return true;
+      },
+      "arrays"_a, "Whether all are evaluated.");
+  m.def(
+      "choose",
+      [](const mx::array& logits, float nearness, bool confident) {
+        std::vector<streamer::Choice> found;
+        {
+          nb::gil_scoped_release free;
+          found = streamer::choose(logits, nearness, confident);
+        }
+        std::vector<std::tuple<int, bool, bool, float>> out;
+        for (const auto& c : found) out.push_back({c.token, c.near, c.unsure, c.confidence});
+        return out;
+      },
+      "logits"_a, "nearness"_a, "confident"_a = false,
+      "Of each row at once: the likeliest token, whether another is near, and may be as likely as log "
+      "probabilities, and its probability if asked for.");
   m.def(
       "attention_inputs",
       [](const mx::array& x, const NormOf& norm, const Group& projections, const NormOf& q_norm,

@@ -339,6 +339,16 @@ Arrays SegmentOp::operator()(Call call, mx::StreamOrDevice stream) const {
       std::move(all));
 }
 
+namespace {
+
+mx::array allocated(const mx::Shape& shape, mx::Dtype type) {
+  size_t bytes = mx::size_of(type);
+  for (int n : shape) bytes *= n;
+  return mx::array(mx::allocator::malloc(bytes), shape, type);
+}
+
+} // namespace
+
 Arrays SegmentOp::now(const Call& call, const std::vector<Arrival>& arrivals) const {
   const Made made = impl_->made(call, arrivals);
   Arrays in = call.inputs, out;
@@ -350,28 +360,22 @@ Arrays SegmentOp::now(const Call& call, const std::vector<Arrival>& arrivals) co
       out.push_back(call.states[state]);
       continue;
     }
-    size_t bytes = mx::size_of(made.types[i]);
-    for (int n : made.shapes[i]) bytes *= n;
-    out.emplace_back(mx::allocator::malloc(bytes), made.shapes[i], made.types[i]);
+    out.push_back(allocated(made.shapes[i], made.types[i]));
   }
   impl_->run(in, out, call.offset, call.taped, arrivals);
   return out;
 }
 
 Arrays SegmentOp::rewind(
-    const Arrays& states, const mx::array& tape, int rows, int kept, mx::StreamOrDevice stream) const {
-  std::vector<mx::Shape> shapes = impl_->rewound(states, tape, rows, kept);
-  Arrays all = states;
+    const Arrays& states, const mx::array& tape, int rows, int kept) const {
+  Arrays all = states, out;
   all.push_back(tape);
-  return mx::array::make_arrays(
-      std::move(shapes),
-      std::vector<mx::Dtype>(states.size(), mx::float32),
-      std::make_shared<Step>(
-          mx::to_stream(stream), "StreamerRewind",
-          [impl = impl_, rows, kept](const Arrays& in, Arrays& out) {
-            impl->rewind(in, out, rows, kept);
-          }),
-      std::move(all));
+  for (mx::array& a : all) a.eval();
+  for (const mx::Shape& shape : impl_->rewound(states, tape, rows, kept)) {
+    out.push_back(allocated(shape, mx::float32));
+  }
+  impl_->rewind(all, out, rows, kept);
+  return out;
 }
 
 } // namespace streamer

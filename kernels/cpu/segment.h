@@ -52,14 +52,10 @@ class SegmentOp {
   // The same at once, on this thread and its helpers: what is given is evaluated first.
   std::vector<mx::array> now(const Call& call, const std::vector<Arrival>& arrivals) const;
 
-  // The states of all blocks that have a tape after the first `kept` of a pass's `rows`, from those
-  // before it and its tape.
+  // At once: the states of all blocks that have a tape after the first `kept` of a pass's `rows`,
+  // from those before it and its tape.
   std::vector<mx::array> rewind(
-      const std::vector<mx::array>& states,
-      const mx::array& tape,
-      int rows,
-      int kept,
-      mx::StreamOrDevice stream) const;
+      const std::vector<mx::array>& states, const mx::array& tape, int rows, int kept) const;
 
   class Impl;
 
