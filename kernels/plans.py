@@ -269,7 +269,7 @@ def ending_of(norm: nn.Module, head: nn.Module, tied: bool) -> Ending | None:
 
 
 def parts_of_layer(
-    layer: nn.Module, kind: type, moe: type = qwen3_next.Qwen3NextSparseMoeBlock
+    layer: nn.Module, kind: type, moe: Any = qwen3_next.Qwen3NextSparseMoeBlock
 ) -> tuple[Any, Any, Pager | None] | None:
     """The ops of a layer's halves and who pages its experts, None where it must run on its own.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from families import make_tiny
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
@@ -16,6 +18,7 @@ from mlx_lm.utils import load_model
 
 from kernels import backend, fast, plans, segments
 from mtp.hidden import take, watch
+from mtp.rollback import Tape
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
 
@@ -96,6 +99,132 @@ def test_from_nothing_and_past_a_growth(model: Any, monkeypatch: pytest.MonkeyPa
     apart(monkeypatch)
     assert same(ours, decoded(model, own, 7, 21))
     assert same(arrays_of(cache), arrays_of(own))
+
+
+TEXT = [int(t) for t in np.random.default_rng(5).integers(0, 300, 64)]
+PASSES = [(2, 1), (2, 2), (1, 1), (5, 3), (8, 8), (8, 1), (3, 2), (4, 4)]  # rows, of them kept
+
+
+def stepped(model: Any, cache: list[Any], tokens: list[int]) -> list[mx.array]:
+    return [model(mx.array([[t]]), cache=cache)[0, 0] for t in tokens]
+
+
+def verified(
+    model: Any, cache: list[Any], taped: Callable[..., Any], lazy: bool
+) -> tuple[list[mx.array], int]:
+    """Logits of the rows kept of each pass, other tokens after them, and how many there were."""
+    out, at = [], 0
+    for rows, kept in PASSES:
+        block = TEXT[at : at + kept] + [9] * (rows - kept)
+        tokens = mx.array([block])
+        tokens = tokens + 0 if lazy else tokens  # what is not there is left to MLX's graph
+        with taped(model, cache, tokens) as tape:
+            logits = model(tokens, cache=cache)
+        tape.rollback(kept)
+        out += [logits[0, i] for i in range(kept)]
+        at += kept
+    return out, at
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("lazy", [False, True])
+def test_rows_have_the_bits_of_steps_and_can_be_taken_back(
+    model: Any, lazy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KVCache, "step", 16)
+    cache, own, layers = prompted(model), prompted(model), prompted(model)
+    ran = ran_in_segments(monkeypatch)
+    ours, count = verified(model, cache, Tape, lazy)
+    assert ran == [rows for rows, _ in PASSES]
+    steps = stepped(model, own, TEXT[:count])
+    assert same(ours, steps) and same(arrays_of(cache), arrays_of(own))
+    assert same(stepped(model, cache, [5, 6]), stepped(model, own, [5, 6]))
+    apart(monkeypatch)
+    assert same(ours, verified(model, layers, Tape, lazy)[0])
+
+
+def ran_in_segments(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each taped pass of a segment from now on."""
+    ran: list[int] = []
+    note = segments.Tape.note
+
+    def noted(self: Any, row: Any, cache: Any, states: Any, tape: Any, rows: int) -> None:
+        ran.append(rows)
+        note(self, row, cache, states, tape, rows)
+
+    monkeypatch.setattr(segments.Tape, "note", noted)
+    return ran
+
+
+def test_a_cut_cache_goes_on_where_it_lies(model: Any) -> None:
+    cache = prompted(model)
+    stepped(model, cache, [1])
+    tokens = mx.array([[2, 3, 4]])
+    with Tape(model, cache, tokens) as tape:
+        model(tokens, cache=cache)
+    tape.rollback(1)
+    one = next(c for c in cache if isinstance(c, KVCache))
+    assert segments._appended(one).goes_on(one.keys, one.values, one.offset)
+    with Tape(model, cache, tokens) as tape:
+        model(tokens, cache=cache)
+    one.trim(1)  # by somebody else: who may have looked at what is written over
+    assert not segments._appended(one).goes_on(one.keys, one.values, one.offset)
+
+
+def test_other_caches_between_segments_are_taken_back_too(model: Any) -> None:
+    class Other(KVCache):
+        pass
+
+    def mixed() -> list[Any]:
+        made = [Other() if isinstance(c, KVCache) else c for c in make_prompt_cache(model)]
+        model(PROMPT, cache=made)
+        return made
+
+    cache, own = mixed(), mixed()
+    ours, count = verified(model, cache, Tape, False)
+    assert same(ours, stepped(model, own, TEXT[:count]))
+    assert same(arrays_of(cache), arrays_of(own))
+
+
+def test_a_tape_of_another_thread_is_left_alone(model: Any) -> None:
+    cache, own, mine = prompted(model), prompted(model), prompted(model)
+    want = stepped(model, own, [7])
+    tokens, got = mx.array([[7, 8]]), []
+
+    def other() -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            got.extend(stepped(model, mine, [7]))
+            mx.eval(got)
+
+    with Tape(model, cache, tokens) as tape:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        model(tokens, cache=cache)
+    tape.rollback(1)
+    assert same(got, want) and same(arrays_of(cache), arrays_of(own))
+
+
+def test_tapes_that_do_not_fit_are_refused(model: Any) -> None:
+    cache = prompted(model)
+    plan = plans._plan(text(model), cache)
+    assert plan is not None
+    row: Any = plan.runs[0]
+    states, offset, fresh = row._states((1, 2), cache)
+    out = row._op(inputs := [mx.array([[3, 4]])], states, offset, fresh, True)
+    tape, before = out[1], [s for i, s in enumerate(states) if s.ndim == 3 or not fresh[i]]
+    linear = [s for j, (_, is_linear) in enumerate(row._layers) if is_linear
+              for s in states[2 * j : 2 * j + 2]]  # fmt: skip
+    assert len(before) and row._op.rewind(linear, tape, 2, 1)
+    with pytest.raises(ValueError, match="cannot be kept"):
+        row._op.rewind(linear, tape, 2, 3)
+    with pytest.raises(ValueError, match="not this tape"):
+        row._op.rewind(linear, tape, 3, 1)
+    with pytest.raises(ValueError, match="states are missing"):
+        row._op.rewind(linear[1:], tape, 2, 1)
+    with pytest.raises(ValueError, match="one sequence"):
+        row._op([mx.array([[3], [4]])], states, offset, fresh, True)
+    assert inputs
 
 
 def test_rows_of_a_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

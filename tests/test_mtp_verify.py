@@ -16,7 +16,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_logits_processors, make_sampler
 
 from mtp.head import Trunk
-from mtp.verify import Residual, Shared, accept, filters_of, near_tie, rule_for
+from mtp.verify import Residual, Shared, accept, filters_of, likeliest, near_tie, rule_for
 from streamer.engine import generate
 from streamer.speculate import Speculation
 
@@ -203,6 +203,32 @@ def test_near_ties() -> None:
     assert near(3.0, 20.0, 20.0001)
     assert not near(3.0, 20.0, 20.01)
     assert near(3.0, 20.0, 20.125, dtype=mx.bfloat16)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("size", [1, 7, 16, 2048, 50_001])
+def test_the_likeliest_are_those_of_log_probabilities(size: int) -> None:
+    rng = np.random.default_rng(size)
+    logits = mx.array(rng.normal(size=(1, 5, size), scale=6).astype(np.float32))
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    found = likeliest(logits, confident=True)
+    assert [one.token for one in found] == mx.argmax(logprobs, axis=-1)[0].tolist()
+    assert [one.near for one in found] == near_tie(logits[0], logprobs[0]).tolist()
+    shares = mx.exp(logprobs.max(axis=-1))[0].tolist()
+    assert [one.confidence for one in found] == pytest.approx(shares, rel=1e-4)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 2e-6, 1e-5, 1e-3])
+def test_rounding_of_log_probabilities_decides_between_likely_tokens(apart: float) -> None:
+    values = np.full((64, 300), -4.0, np.float32)
+    most = np.linspace(0.5, 9.0, 64, dtype=np.float32)
+    values[:, 20] = most
+    values[:, 10] = most * np.float32(1 - apart)  # less, but alike once it is rounded
+    logits = mx.array(values)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    found = likeliest(logits)
+    assert [one.token for one in found] == mx.argmax(logprobs, axis=-1).tolist()
+    assert [one.near for one in found] == near_tie(logits, logprobs).tolist()
 
 
 class Table(nn.Module):

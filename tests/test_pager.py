@@ -10,9 +10,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from families import make_tiny
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from kernels import backend, plans
+from mtp.rollback import Tape
 from streamer.engine import generate
 from streamer.errors import StreamerError
 from streamer.loading import load_streamed
@@ -70,6 +72,45 @@ def test_bits_and_counters_are_those_of_layers(
         )
     for model in (ours, own, whole):
         model.streamer.close()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("slots", [12, 24, 50])
+def test_rows_have_the_bits_and_reads_of_layers(
+    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = mx.array([[4, 7, 4], [9, 9, 1], [2, 30, 31]])
+
+    def run(model: Any) -> tuple[list[mx.array], list[Any]]:
+        cache, out = make_prompt_cache(model), []
+        model(mx.array([PROMPT]), cache=cache)
+        for i in range(3):
+            with Tape(model, cache, tokens[i : i + 1]) as tape:
+                out.append(model(tokens[i : i + 1], cache=cache)[:, : i + 1])
+            mx.eval(out)
+            tape.rollback(i + 1)
+        held = tree_flatten([c.state for c in cache])
+        return out, [a for _, a in held if isinstance(a, mx.array)]
+
+    ours, own = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
+    got, states = run(ours)
+    assert plan_of(ours).takes(tokens[:1])
+    monkeypatch.setattr(plans, "_plan", lambda *_: None)
+    want, own_states = run(own)
+    assert all(mx.array_equal(a, b) for a, b in zip(got + states, want + own_states, strict=True))
+    for name in ("hits", "misses", "bytes_wanted"):
+        assert getattr(ours.streamer.counters, name) == getattr(own.streamer.counters, name)
+    ours.streamer.close()
+    own.streamer.close()
+
+
+def test_a_union_larger_than_the_pool_is_left_to_layers(tiny: Path) -> None:
+    model, whole = load_streamed(tiny, slots=4), load_streamed(tiny, slots=None)
+    tokens = mx.array([[4, 7, 30, 31]])
+    got = [m(tokens, cache=make_prompt_cache(m)) for m in (model, whole)]
+    assert mx.array_equal(*got)
+    model.streamer.close()
+    whole.streamer.close()
 
 
 def test_a_slow_disk_is_waited_for(tiny: Path, paged: Any) -> None:
