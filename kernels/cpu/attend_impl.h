@@ -209,6 +209,16 @@ void scores(const float* q, int rows, const float* k, int64_t stride, int count,
 
 constexpr float lowest = -3.4028234e38f;
 
+inline V larger(V a, V b) {
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 void place(float* s, int count, float scale, const float* bias) {
   if (bias == nullptr) {
     for (int j = 0; j < count; ++j) s[j] *= scale;
@@ -222,11 +232,15 @@ void place(float* s, int count, float scale, const float* bias) {
 
 void soften(float* s, int count, int all, float& top, float& sum_of) {
   for (int j = count; j < all; ++j) s[j] = lowest;
-  V tops = read(s);
-  for (int j = lanes; j < count; j += lanes) {
-    const V x = read(s + j);
-    tops = x > tops ? x : tops;
+  V four[4]; // maxima apart, as each would wait for the one before
+  for (V& x : four) x = read(s);
+  int at = 0;
+  for (; at + 4 * lanes <= count; at += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) four[i] = larger(read(s + at + i * lanes), four[i]);
   }
+  for (; at < count; at += lanes) four[0] = larger(read(s + at), four[0]);
+  const V tops = larger(larger(four[0], four[1]), larger(four[2], four[3]));
   top = tops[0];
   for (int i = 1; i < lanes; ++i) top = tops[i] > top ? tops[i] : top;
   V total = {};
