@@ -52,33 +52,19 @@ class Moment(NamedTuple):
 
 
 class Meter:
-    """A `streamer.watch.Watch` that adds up reads, and what a session has counted otherwise."""
+    """Adds up reads, and what a session has counted otherwise."""
 
     def __init__(self, session: Session):
         self._session = session
-        self._ended: list[np.ndarray] = []  # reads told of since they were added up
         self._read = np.zeros(3)  # bytes, seconds queued, seconds under way
         self._moments: deque[Moment] = deque()
-
-    def step(self, kind: str, rows: int, seconds: float) -> None:
-        return
-
-    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
-        return
-
-    def waited(self, seconds: float) -> None:
-        return
-
-    def reads(self, ended: np.ndarray) -> None:
-        self._ended.append(ended)
 
     def span(self) -> tuple[Moment, Moment]:
         """Counts some seconds ago, and now."""
         session = self._session
         counters, drafts = session.streamer.counters, session.drafts
-        ended = self._ended[:]
-        del self._ended[: len(ended)]  # others may be told of meanwhile
-        self._read += sum(rows.sum(axis=0) for rows in ended)
+        if session.streamer.store is not None:
+            self._read += session.streamer.store.take_log().sum(axis=0)
         now = Moment(
             time.perf_counter(),
             session.timing.generated_tokens,
@@ -122,8 +108,9 @@ class View:
         if self._console is None:
             yield self
             return
-        streamer, over = self._session.streamer, threading.Event()
-        before, streamer.watch = streamer.watch, self._meter
+        store, over = self._session.streamer.store, threading.Event()
+        if store is not None:
+            store.logging = True
         live = Live(
             _Beneath(self._drawn),
             console=self._console,
@@ -149,7 +136,8 @@ class View:
                     artist.join()
                     self._draw(live)
         finally:
-            streamer.watch = before
+            if store is not None:
+                store.logging = False
             if self._own_text and self._line:
                 print(self._line, end="", flush=True, file=self._console.file)
             self._line = ""

@@ -97,7 +97,7 @@ class Streamer:
 
     @property
     def watch(self) -> Watch | None:
-        """Told of passes, choices, waits and reads; see `streamer.watch`."""
+        """Told of passes and choices; see `streamer.watch`."""
         return self._watch
 
     @watch.setter
@@ -106,7 +106,7 @@ class Streamer:
         for run in self.executors:
             run.watch = watch
         if self.store is not None:
-            self.store.watch = watch
+            self.store.logging = watch is not None
 
     @property
     def resident(self) -> bool:

@@ -26,7 +26,6 @@ from .ranges import GAP, Piece, Widening
 
 if TYPE_CHECKING:
     from .disk import Disk
-    from .watch import Watch
 
 ENDED, CANCELLED, CLOSED = -1, -2, -3  # kernels/cpu/reads.h
 
@@ -64,8 +63,6 @@ class NativeTicket:
             began = time.perf_counter()
             self._native.wait()
             self._waited(time.perf_counter() - began)
-        if self._engine.watch is not None:
-            self._engine.tell()
         error = self._native.error()
         if error[0]:
             raise self._engine.error(*error)
@@ -105,7 +102,6 @@ class NativeReads:
             latency=disk.latency if disk else 0.0,
             guess_bytes=guess_bytes,
         )
-        self._watch: Watch | None = None
 
     def submit(
         self, pieces: Sequence[Piece], guess: float | None, widen: Sequence[Widening]
@@ -134,18 +130,15 @@ class NativeReads:
         self._reads.guess_bytes = nbytes
 
     @property
-    def watch(self) -> Watch | None:
-        return self._watch
+    def logging(self) -> bool:
+        return self._reads.logging
 
-    @watch.setter
-    def watch(self, watch: Watch | None) -> None:
-        self._watch = watch
-        self._reads.logging = watch is not None
+    @logging.setter
+    def logging(self, on: bool) -> None:
+        self._reads.logging = on
 
-    def tell(self) -> None:
-        """Tell the watch of the reads that have ended."""
-        if self._watch is not None:
-            self._watch.reads(np.frombuffer(self._reads.take_log()).reshape(-1, 3))
+    def take_log(self) -> np.ndarray:
+        return np.frombuffer(self._reads.take_log()).reshape(-1, 3)
 
     def stop(self) -> None:
         self._reads.stop()

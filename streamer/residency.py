@@ -59,7 +59,7 @@ class Residency:
         self._store = store
         self._tables: dict[int, mx.array] = {}  # of layers: expert -> slot, on the device
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
-        self._unread: list[tuple[int, mx.array]] = []  # choices of covered layers
+        self.unread: list[tuple[int, mx.array]] = []  # choices of covered layers
         self._readings: list[Reading] = []
 
     # What a call asks for
@@ -86,7 +86,7 @@ class Residency:
                 self.ahead.drop(wait=True)
         misses = [e for e in need if table[e] < 0]
         hits = [e for e in need if table[e] >= 0]
-        self._hit(layer, ids, hits, len(misses))
+        self._hit(layer, ids, hits, misses)
         parts = self._read(layer, hits, misses) if misses else []
         if self.foresight is not None:
             self.foresight.chose(layer, ids, misses, x)
@@ -99,27 +99,28 @@ class Residency:
         need = np.unique(ids)
         resident = self.pool.slot_of[layer][need] >= 0
         hits, misses = need[resident], need[~resident]
-        self._count(layer, ids, len(hits), len(misses))
+        self._count(layer, ids, len(hits), misses.tolist())
         return hits, misses
 
     def covered(self, layer: int, indices: mx.array) -> None:
         """A call, not read back, of a layer that is wholly resident."""
-        self._unread.append((layer, indices))
-        if len(self._unread) > MAX_UNREAD:
+        self.unread.append((layer, indices))
+        if len(self.unread) > MAX_UNREAD:
             self.settle()
 
     def confirmed(self, layer: int, ids: np.ndarray, hits: list[int]) -> None:
         """A call ran with all its experts, `hits`, before it was known to be a true one."""
         self._chose(layer, ids)
-        self._hit(layer, ids, hits, 0)
+        self._hit(layer, ids, hits, [])
 
     def _chose(self, layer: int, ids: np.ndarray) -> None:
         self.pool.chose(layer, ids)
         np.add.at(self.uses[layer], ids.reshape(-1), 1)
 
-    def _hit(self, layer: int, ids: np.ndarray, hits: list[int], misses: int) -> None:
+    def _hit(self, layer: int, ids: np.ndarray, hits: list[int], misses: list[int]) -> None:
         fresh = self._used(layer, hits) if self.fresh else frozenset()
-        self._count(layer, ids, len(hits) - len(fresh), misses + len(fresh))
+        missed = [*misses, *(e for _, e in fresh)] if fresh else misses
+        self._count(layer, ids, len(hits) - len(fresh), missed)
         self.fresh -= fresh
         self.pool.touch(layer, hits)
 
@@ -129,10 +130,10 @@ class Residency:
         self.counters.prefetch_used += len(used)
         return used
 
-    def _count(self, layer: int, ids: np.ndarray, hits: int, misses: int) -> None:
+    def _count(self, layer: int, ids: np.ndarray, hits: int, misses: list[int]) -> None:
         self.counters.hits += hits
-        self.counters.misses += misses
-        self.counters.bytes_wanted += misses * self.expert_bytes
+        self.counters.misses += len(misses)
+        self.counters.bytes_wanted += len(misses) * self.expert_bytes
         if self.watch is not None:
             self.watch.chose(self.numbers[layer], ids, misses)
 
@@ -205,8 +206,6 @@ class Residency:
     def waited(self, seconds: float) -> None:
         """The generation stood still for reads."""
         self.counters.io_wait_seconds += seconds
-        if seconds and self.watch is not None:
-            self.watch.waited(seconds)
 
     # Reads ahead of need
 
@@ -285,15 +284,15 @@ class Residency:
         if self._unsettled:
             mx.eval(self._unsettled)
             self._unsettled.clear()
-        for layer, indices in self._unread:
+        for layer, indices in self.unread:
             ids = np.array(indices)
             experts = np.unique(ids)
             self.counters.hits += len(experts)
             if self.watch is not None:
-                self.watch.chose(self.numbers[layer], ids, 0)
+                self.watch.chose(self.numbers[layer], ids, ())
             self._chose(layer, ids)
             self.pool.touch(layer, experts)
-        self._unread.clear()
+        self.unread.clear()
 
     def abandon(self) -> None:
         """Forget every resident expert: after a failure none is known to be whole."""
@@ -303,7 +302,7 @@ class Residency:
         self._readings.clear()
         self.fresh.clear()
         self._unsettled.clear()
-        self._unread.clear()
+        self.unread.clear()
         self.moved()
         self.pool = Lrfu(self.pool.slots, [layer.count for layer in self.layers])
         self.ahead = ReadAhead(self.pool)

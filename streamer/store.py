@@ -34,7 +34,6 @@ from .errors import StreamerError, UsageError
 from .native_reads import NativeReads, NativeTicket, usable
 from .ranges import Piece, Run, Widening, cut, merge, widened
 from .read_queue import Guess, ReadQueue
-from .watch import Watch
 
 __all__ = ["BACKENDS", "Backend", "Counters", "Piece", "Store", "Ticket"]
 
@@ -189,13 +188,18 @@ class Store:
         return isinstance(self._engine, NativeReads)
 
     @property
-    def watch(self) -> Watch | None:
-        """Told of every read."""
-        return self._engine.watch
+    def logging(self) -> bool:
+        """Whether reads are noted as they end; what was noted before it is set is forgotten."""
+        return self._engine.logging
 
-    @watch.setter
-    def watch(self, watch: Watch | None) -> None:
-        self._engine.watch = watch
+    @logging.setter
+    def logging(self, on: bool) -> None:
+        self._engine.logging = on
+
+    def take_log(self) -> np.ndarray:
+        """Reads that were noted since the last time, [n, 3] float64, n >= 0: bytes; seconds after
+        it was asked for that each began; seconds later that it was done. From any thread."""
+        return self._engine.take_log()
 
     @property
     def guess_bytes(self) -> int:
@@ -265,7 +269,8 @@ class _Engine:
         self.source = source
         self.counters = counters
         self.lock = threading.Lock()
-        self.watch: Watch | None = None
+        self._logging = False
+        self._log: list[tuple[float, float, float]] = []
         self._clock = None if disk is None else Clock(disk)
         self.queue: ReadQueue[Job] = ReadQueue(GUESS_BYTES)
         self._threads: list[threading.Thread] = []
@@ -277,6 +282,21 @@ class _Engine:
     @guess_bytes.setter
     def guess_bytes(self, nbytes: int) -> None:
         self.queue.guess_bytes = nbytes
+
+    @property
+    def logging(self) -> bool:
+        return self._logging
+
+    @logging.setter
+    def logging(self, on: bool) -> None:
+        if on and not self._logging:
+            self._log = []
+        self._logging = on
+
+    def take_log(self) -> np.ndarray:
+        with self.lock:
+            log, self._log = self._log, []
+        return np.array(log, dtype=float).reshape(-1, 3)
 
     def start(self, threads: int) -> None:
         if not self._threads:
@@ -307,8 +327,8 @@ class _Engine:
         if ticket._error is not None:
             self._finish(ticket)
             return
-        error, nbytes, watch = None, 0, self.watch
-        began = 0.0 if watch is None else time.perf_counter()
+        error, nbytes, logging = None, 0, self._logging
+        began = time.perf_counter() if logging else 0.0
         until = 0.0 if self._clock is None else self._clock.begin(run.nbytes, asked)
         try:
             nbytes = self.source.fetch(*run)
@@ -322,9 +342,10 @@ class _Engine:
             error.__cause__ = problem
         if self._clock is not None:
             self._clock.until(until)
-        if watch is not None and error is None:
-            took = time.perf_counter() - began
-            watch.reads(np.array([(nbytes, began - ticket._asked, took)], dtype=float))
+        if logging and error is None:
+            ended = (nbytes, began - asked, time.perf_counter() - began)
+            with self.lock:
+                self._log.append(ended)
         self._finish(ticket, error, nbytes)
 
     def _finish(self, ticket: Ticket, error: StreamerError | None = None, asked: int = 0) -> None:

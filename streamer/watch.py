@@ -1,11 +1,13 @@
-"""What a running model tells whoever watches it: passes, choices, waits and reads.
+"""What a running model tells whoever watches it: passes and choices; reads are logged.
 
-    model.streamer.watch = Watchers([profiler, recorder])
+    model.streamer.watch = profiler
+    ...generate...
+    model.streamer.store.take_log()        # of all reads that ended since it was asked last
 
 Nothing watches by default, and then every place that could tell something costs one
-`if`. Calls come from the thread that generates, but `reads`, which may come from the I/O
-workers. Passes of a model whose experts are all resident choose inside mlx-lm's own
-switches, so that `chose` is never called.
+`if`. Calls come from the thread that generates. Reads are many and short: whoever watches
+takes them from the store now and then, from any thread. Passes of a model whose experts are
+all resident choose inside mlx-lm's own switches, so that `chose` is never called.
 """
 
 from __future__ import annotations
@@ -26,38 +28,7 @@ class Watch(Protocol):
         or rehearse, which lies inside a decode or verify and is told before it.
         """
 
-    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
-        """A router chose ids [..., k] in `layer` (index in `Opened.layers`); of the distinct
-        ones `misses` had to be read. Told before the pass's own `step`, and before the pool
-        changes for them; late where all of the layer is resident."""
-
-    def waited(self, seconds: float) -> None:
-        """The generation stood still for reads."""
-
-    def reads(self, ended: np.ndarray) -> None:
-        """Reads that have ended, [n, 3] float64, n >= 0: bytes; seconds after it was asked for
-        that each began; seconds later that it was done. From any thread: must be safe between
-        them. Several at once, since a call for each costs more than keeping it."""
-
-
-class Watchers:
-    """Several as one."""
-
-    def __init__(self, watchers: Sequence[Watch]):
-        self._watchers = tuple(watchers)
-
-    def step(self, kind: str, rows: int, seconds: float) -> None:
-        for watcher in self._watchers:
-            watcher.step(kind, rows, seconds)
-
-    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
-        for watcher in self._watchers:
-            watcher.chose(layer, ids, misses)
-
-    def waited(self, seconds: float) -> None:
-        for watcher in self._watchers:
-            watcher.waited(seconds)
-
-    def reads(self, ended: np.ndarray) -> None:
-        for watcher in self._watchers:
-            watcher.reads(ended)
+    def chose(self, layer: int, ids: np.ndarray, missed: Sequence[int]) -> None:
+        """A router chose ids [..., k], of 32 bits, in `layer` (index in `Opened.layers`); those
+        of `missed`, distinct, had to be read. Told before the pass's own `step`; late where
+        all of the layer is resident."""

@@ -31,10 +31,12 @@ streamer::Weight stack(const Arrays& arrays) {
 
 } // namespace
 
+void bind_choices(nb::module_& m);  // choices_python.cpp
 void bind_reads(nb::module_& m);  // reads_python.cpp
 void bind_layers(nb::module_& m);  // layers_python.cpp
 
 NB_MODULE(native, m) {
+  bind_choices(m);
   bind_reads(m);
   bind_layers(m);
   m.def("isas", &streamer::isas, "Instruction sets that run here, fastest first.");

@@ -147,7 +147,9 @@ std::shared_ptr<ReadBatch> Reads::submit(
     return batch;
   }
   if (batch->runs.empty()) return batch;
-  while (static_cast<int>(threads_.size()) < options_.threads) threads_.emplace_back([this] { work(); });
+  while (static_cast<int>(threads_.size()) < options_.threads) {
+    threads_.emplace_back([this, log = &logs_.emplace_back()] { work(*log); });
+  }
   batch->number = numbers_++;
   batch->queued = true;
   if (guess) {
@@ -226,8 +228,19 @@ void Reads::stop() {
 }
 
 std::vector<ReadLog> Reads::take_log() {
-  std::lock_guard hold(lock_);
-  return std::exchange(log_, {});
+  std::vector<ReadLog> out;
+  std::lock_guard hold(lock_);  // no thread is added meanwhile
+  for (Log& log : logs_) {
+    std::lock_guard own(log.lock);
+    out.insert(out.end(), log.rows.begin(), log.rows.end());
+    log.rows.clear();
+  }
+  return out;
+}
+
+void Reads::set_logging(bool on) {
+  if (on && !logging) take_log();
+  logging = on;
 }
 
 // The next read, if one may begin; under the lock.
@@ -256,7 +269,7 @@ bool Reads::take(Job& job) {
   return true;
 }
 
-void Reads::work() {
+void Reads::work(Log& log) {
 #ifdef __linux__
   prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
 #endif
@@ -281,11 +294,14 @@ void Reads::work() {
     int state = read(run, bounce, asked);
     if (until > 0) sleep_until(until);
     if (state == reading_fine) bytes_read += asked, reads += 1;
-    if (job.guess || state != reading_fine || logging) {
+    if (state == reading_fine && logging) {
+      std::lock_guard own(log.lock);
+      log.rows.push_back({static_cast<double>(asked), began - job.asked, now() - began});
+    }
+    if (job.guess || state != reading_fine) {
       std::lock_guard hold(lock_);
       if (job.guess) guessing_ -= run.nbytes;
       if (state != reading_fine && batch.state == reading_fine) batch.state = state, batch.failed = job.run;
-      if (state == reading_fine && logging) log_.push_back({static_cast<double>(asked), began - job.asked, now() - began});
     }
     if (job.guess) work_.notify_one();
     finish(batch, 1);

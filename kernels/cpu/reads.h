@@ -83,7 +83,9 @@ class Reads {
   void cancel(const std::shared_ptr<ReadBatch>& batch, bool everything = false);
   void stop();
   void set_guess_bytes(size_t nbytes);
+  // Of the reads that have ended, while logging; in order for each thread only.
   std::vector<ReadLog> take_log();
+  void set_logging(bool on);  // from off to on: begins with none
 
   std::atomic<size_t> bytes_read{0}, reads{0}, guess_bytes;
   std::atomic<bool> logging{false};
@@ -97,7 +99,13 @@ class Reads {
     double asked = 0;
   };
 
-  void work();
+  // Of one thread, which is nearly always alone with it.
+  struct Log {
+    std::mutex lock;
+    std::vector<ReadLog> rows;
+  };
+
+  void work(Log& log);
   bool take(Job& job);
   int read(const ReadRun& run, std::vector<char>& bounce, size_t& asked);
   void finish(ReadBatch& batch, int runs);
@@ -110,7 +118,7 @@ class Reads {
   std::deque<std::shared_ptr<ReadBatch>> demands_;
   std::map<Key, std::shared_ptr<ReadBatch>> guesses_;
   std::vector<std::thread> threads_;
-  std::vector<ReadLog> log_;
+  std::deque<Log> logs_;  // by thread
   size_t guessing_ = 0;
   uint64_t numbers_ = 0;
   double free_at_ = 0;

@@ -95,7 +95,7 @@ void bind_reads(nb::module_& m) {
           [](Engine& self, size_t n) { self.reads->set_guess_bytes(n); })
       .def_prop_rw(
           "logging", [](Engine& self) { return self.reads->logging.load(); },
-          [](Engine& self, bool on) { self.reads->logging = on; })
+          [](Engine& self, bool on) { self.reads->set_logging(on); })
       .def("take_log", [](Engine& self) {
         const auto log = self.reads->take_log();
         return nb::bytes(reinterpret_cast<const char*>(log.data()), log.size() * sizeof(log[0]));

@@ -1,0 +1,64 @@
+// kernels.native.Choices: what routers chose, kept as it is told.
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <typename T>
+nb::bytes taken(std::vector<T>& rows) {
+  nb::bytes out(reinterpret_cast<const char*>(rows.data()), rows.size() * sizeof(T));
+  rows.clear();
+  return out;
+}
+
+class Choices {
+ public:
+  void add(int layer, nb::handle ids, nb::sequence missed) {
+    Py_buffer view;
+    nb::object ordered = nb::borrow(ids);
+    if (PyObject_GetBuffer(ids.ptr(), &view, PyBUF_C_CONTIGUOUS) != 0) {
+      PyErr_Clear();
+      ordered = ids.attr("copy")("C");
+      if (PyObject_GetBuffer(ordered.ptr(), &view, PyBUF_C_CONTIGUOUS) != 0) throw nb::python_error();
+    }
+    bool fits = view.itemsize == 4 && view.ndim > 0;
+    if (fits) {
+      auto* from = static_cast<const uint32_t*>(view.buf);
+      int count = static_cast<int>(view.len / 4), k = static_cast<int>(view.shape[view.ndim - 1]);
+      for (int i = 0; i < count; ++i) ids_.push_back(static_cast<uint16_t>(from[i]));
+      size_t before = missed_.size();
+      for (nb::handle one : missed) missed_.push_back(nb::cast<uint16_t>(one));
+      calls_.insert(calls_.end(), {layer, count, k, static_cast<int>(missed_.size() - before)});
+    }
+    PyBuffer_Release(&view);
+    if (!fits) throw std::invalid_argument("ids have 32 bits and a dimension");
+    ++count_;
+  }
+
+  int64_t count() const { return count_; }
+
+  nb::tuple take() { return nb::make_tuple(taken(calls_), taken(ids_), taken(missed_)); }
+
+ private:
+  std::vector<int32_t> calls_;
+  std::vector<uint16_t> ids_, missed_;
+  int64_t count_ = 0;
+};
+
+}  // namespace
+
+void bind_choices(nb::module_& m) {
+  nb::class_<Choices>(m, "Choices")
+      .def(nb::init<>())
+      .def("add", &Choices::add, "layer"_a, "ids"_a, "missed"_a, "ids [..., k], missed: some of them.")
+      .def_prop_ro("count", &Choices::count, "Of calls, those that were taken too.")
+      .def(
+          "take", &Choices::take,
+          "Of the calls since the last time: layer, ids, k, missed (int32), ids, missed (uint16).");
+}
