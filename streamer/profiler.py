@@ -86,7 +86,7 @@ class Profiler:
         self._calls = array("i")  # CALL numbers each: layer, ids, k, missed
         self._counted = self._counted_ids = self._counted_absent = 0  # that `_note` has seen
         self._asked: dict[int, list[int]] = {}  # by passes before them: asked, misses, calls
-        # COLUMNS each: kind, rows, seconds it took, clock, processor time, waits, calls so far, kept
+        # COLUMNS each: kind, rows, seconds, clock, processor time, waits and calls so far, kept
         self._passes = array("d")
         self._count = self._generated = 0  # passes; generated steps
         self._looked = 0  # generated steps after which residency was seen

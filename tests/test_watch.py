@@ -14,11 +14,7 @@ from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 from test_mtp_decode import drafting, tokens_of
 
-<<<<<<< HEAD
-from streamer import engine, fetching, native_reads, residency, speculate, store
-=======
-from streamer import engine, executor, profiler, speculate
->>>>>>> b3195be (Watching: reads are logged by the threads that make them and taken now and then; waits come from the counters)
+from streamer import engine, fetching, profiler, residency, speculate
 from streamer.engine import Timing, generate
 from streamer.loading import expert_count, load_streamed
 
@@ -124,11 +120,7 @@ def test_nothing_is_allocated_where_nobody_watches(tiny: Path) -> None:
     """By the lines that tell something: none of them holds memory, or ever did, while decoding."""
     model: Any = load_streamed(tiny, slots=16)
     lines = set()
-<<<<<<< HEAD
-    for module in (engine, fetching, native_reads, residency, speculate, store):
-=======
-    for module in (engine, executor, speculate, profiler):
->>>>>>> b3195be (Watching: reads are logged by the threads that make them and taken now and then; waits come from the counters)
+    for module in (engine, fetching, residency, speculate, profiler):
         text = Path(module.__file__).read_text().splitlines()
         told = [module is profiler or "watch." in line for line in text]
         lines |= {(module.__file__, i) for i, here in enumerate(told, 1) if here}
