@@ -17,7 +17,7 @@ from tools.calibrate import Step, fitted, waits
 from tools.demands import Demand, hit_rate, replayed, stand_in, tokens_of, union_of
 from tools.inflate import main as inflate
 from tools.machines import MACHINES, Costs, costs_on, shape_of, slots_on
-from tools.step_times import Naming, layerwise, rate, rehearse
+from tools.step_times import NAMES, Naming, layerwise, lookahead, rate, rehearse
 
 COSTS = Costs(
     layers=4, once=1.0, layer=10.0, rehearsed=7.0, readback=3.0, drafts=2.0,
@@ -80,9 +80,32 @@ def test_unnamed_misses_and_wrong_guesses_cost() -> None:
 
 
 @pytest.mark.smoke
+def test_a_step_that_looks_ahead_by_hand() -> None:
+    """The third layer's expert is named while the second waits, and read behind its own."""
+    step = Demand(1, 1, [4] * 4, [0, 1, 1, 0])
+    waiting = 1 + 20 + 0.25 - 1.5  # of the second, alone; three experts are computed meanwhile
+    came = 10 + 20 + 20.0  # both read, one after the other, from when the second asked
+    third = 20 + waiting  # when the third begins
+    late = 1 + (came - third) + 0.25 - 1.5
+    seconds = lookahead(step, COSTS, PERFECT, rng())
+    assert seconds == pytest.approx(3 + 40 + waiting + late)
+    assert seconds < layerwise(step, COSTS)
+    slow = replace(COSTS, rehearsed=30.0)  # a layer takes longer to rehearse than waits last
+    assert lookahead(step, slow, PERFECT, rng()) == layerwise(step, slow)
+
+
+@pytest.mark.smoke
+def test_auto_is_about_as_fast_as_the_better_way() -> None:
+    steps = [Demand(1, 1, [4] * 4, [2, 1, 0, 2])] * 300
+    for costs in (COSTS, replace(COSTS, read=2.0), replace(COSTS, rehearsed=25.0)):
+        best = max(rate(steps, costs, name, 0.5) for name in ("layerwise", "lookahead"))
+        assert rate(steps, costs, "auto", 0.5) == pytest.approx(best, rel=0.03)
+
+
+@pytest.mark.smoke
 def test_no_executor_beats_the_disk_or_the_compute() -> None:
     steps = [Demand(1, 1, [4] * 4, [2, 1, 0, 2])] * 20
-    for name in ("layerwise", "rehearse"):
+    for name in NAMES:
         for read in (0.1, 5.0, 50.0):
             seconds = 20 / rate(steps, replace(COSTS, read=read), name, 0.5)
             assert seconds >= 20 * 5 * read
@@ -161,7 +184,7 @@ def test_the_table_says_that_it_is_simulated(
     assert simulate.main([*command, "--machines", "m2-16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["simulated"] and all(row["simulated"] for row in told["rows"])
-    assert {r["executor"] for r in told["rows"][0]["rates"]} == {"layerwise", "rehearse"}
+    assert {r["executor"] for r in told["rows"][0]["rates"]} == set(NAMES)
     assert simulate.main(["table", "--machines", "z80"]) == 2
 
 

@@ -131,13 +131,9 @@ class _Notes:
         if kind != "rehearse":
             self._missed = [0] * self._layers
 
-    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
+    def chose(self, layer: int, ids: np.ndarray, missed: Sequence[int]) -> None:
         if layer < self._layers:
-            self._missed[layer] += misses
-
-    def waited(self, seconds: float) -> None: ...
-
-    def reads(self, ended: np.ndarray) -> None: ...
+            self._missed[layer] += len(missed)
 
 
 def without_misses(live: Live) -> float:

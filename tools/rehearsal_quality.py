@@ -11,6 +11,7 @@ before any read, found chosen and absent. The pool evicts as the runtime does.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,10 @@ class Names:
             c["right"] += len(missed & named)
             c["unnamed"] += bool(missed - named)
 
-    def chose(self, layer: int, ids: np.ndarray, misses: int) -> None:
+    def chose(self, layer: int, ids: np.ndarray, missed: Sequence[int]) -> None:
         self._chosen[layer] = set(ids.reshape(-1).tolist())
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
-        return
-
-    def waited(self, seconds: float) -> None:
-        return
-
-    def read(self, nbytes: int, queued: float, seconds: float) -> None:
         return
 
 

@@ -36,9 +36,10 @@ from streamer.run import DEMO
 from tools import calibrate as live
 from tools.demands import Demand, hit_rate, replayed, stand_in, union_of
 from tools.machines import ASSUMED, MACHINES, Costs, costs_on, shape_of, slots_on
-from tools.step_times import EXECUTORS, rate
+from tools.step_times import NAMES, rate
 
 MODELS = ("qwen3.5-35b-a3b", "qwen3.5-122b-a10b", "glm-4.5-air", "deepseek-v3")
+SHOWN = ("layerwise", "auto")  # of the executors, in the table
 PROMPTS = (PROMPT, "class ", "def ")
 
 
@@ -59,7 +60,7 @@ def parser() -> Parser:
         "--fit", type=number(1, 99, int), default=35, help="pool that waits are fitted at"
     )
     c.add_argument("--depths", type=_numbers, default=[0], help="drafts of each step")
-    c.add_argument("--executors", default="layerwise,rehearse")
+    c.add_argument("--executors", default="layerwise,lookahead,auto")
     c.add_argument(
         "--disk", type=number(0.001), help="GB/s of one to imitate; this one's otherwise"
     )
@@ -87,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 def _check(args: Any) -> int:
     path = resolve(args.model) if args.model else DEMO
     names = args.executors.split(",")
-    if unknown := set(names) - set(EXECUTORS):
-        raise UsageError(f"no executor {min(unknown)!r}; there are {', '.join(EXECUTORS)}")
+    if unknown := set(names) - set(NAMES):
+        raise UsageError(f"no executor {min(unknown)!r}; there are {', '.join(NAMES)}")
     rows: list[dict[str, Any]] = []
     costs: dict[str, dict[str, float]] = {}
     for depth in args.depths:
@@ -132,7 +133,8 @@ def _compare(path: Path, names: list[str], depth: int, args: Any) -> tuple[list[
 
     runs: dict[tuple[Any, str], live.Live] = {("resident", ""): run(total, "layerwise")}
     for name in dict.fromkeys(["layerwise", *names]):
-        for pool in ("ample", args.fit, *(args.pools if name in names else [])):
+        whole = ["ample"] if name in ("layerwise", "rehearse") else []
+        for pool in (*whole, args.fit, *(args.pools if name in names else [])):
             slots = total - 1 if pool == "ample" else round(total * pool / 100)
             runs[pool, name] = run(slots, name)
     try:
@@ -149,16 +151,24 @@ def _compare(path: Path, names: list[str], depth: int, args: Any) -> tuple[list[
     )
     routes = _recorded(path, depth, prompts, args.tokens, turns=2)
     steps = {p: _second_half(replayed(routes, p / 100)) for p in (args.fit, *args.pools)}
-    for name, cost in (("layerwise", "miss"), ("rehearse", "guess")):
-        if (args.fit, name) in runs:
+    fits: dict[str, Costs] = {}
+    for name in dict.fromkeys(["layerwise", *names]):
 
-            def simulated(c: Costs, name: str = name) -> float:
-                return rate(steps[args.fit], c, name, args.fit / 100)
+        def simulated(c: Costs, name: str = name) -> float:
+            return rate(steps[args.fit], c, name, args.fit / 100)
 
-            measured = runs[args.fit, name].rate
-            costs = live.fitted(costs, cost, measured, simulated)
+        cost = "miss" if name == "layerwise" else "guess"
+        fits[name] = live.fitted(costs, cost, runs[args.fit, name].rate, simulated)
+        if name == "layerwise":
+            costs = fits[name]
     rows = [
-        _row(pool, name, depth, rate(steps[pool], costs, name, pool / 100), runs[pool, name].rate)
+        _row(
+            pool,
+            name,
+            depth,
+            rate(steps[pool], fits[name], name, pool / 100),
+            runs[pool, name].rate,
+        )
         for pool in args.pools
         for name in names
     ]
@@ -244,7 +254,7 @@ def _simulated(name: str, where: str, recordings: list[Routes]) -> dict[str, Any
         rng = np.random.default_rng(0)
         steps = stand_in(steps, routes.top_k, shape.layers, shape.top_k, rng)
         costs = costs_on(shape, machine, rows, union, resident=slots == shape.experts)
-        for executor in EXECUTORS:
+        for executor in NAMES:
             row["rates"].append(
                 {
                     "executor": executor,
@@ -257,7 +267,8 @@ def _simulated(name: str, where: str, recordings: list[Routes]) -> dict[str, Any
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    ways = [(r["executor"], r["depth"]) for r in next(r["rates"] for r in rows if r["rates"])]
+    found = next(r["rates"] for r in rows if r["rates"])
+    ways = [(r["executor"], r["depth"]) for r in found if r["executor"] in SHOWN]
     head = ["model", "machine", "experts in memory", "hit rate"]
     head += [f"{e}, {d} drafts" if d else e for e, d in ways]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -265,7 +276,8 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         cells = [row["model"], row["machine"]]
         if row["rates"]:
             cells += [f"{row['share']:.0%}", f"{row['rates'][0]['hit_rate']:.0%}"]
-            cells += [f"{r['tokens_per_second']:.1f}" for r in row["rates"]]
+            shown = [r for r in row["rates"] if r["executor"] in SHOWN]
+            cells += [f"{r['tokens_per_second']:.1f}" for r in shown]
         else:
             cells += ["does not fit", ""] + [""] * len(ways)
         lines.append(f"| {' | '.join(cells)} |")

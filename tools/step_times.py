@@ -3,18 +3,22 @@
 Layer-wise: a layer's absent experts are known when its router is read back and are read while
 those at hand compute. Rehearsed: one pass with what is at hand names absent experts of all
 layers; they are queued nearest first and the pass resumes at the first layer that missed,
-reading the unnamed as it meets them, before the queue. The disk serves one byte after the
-other; a guess that has begun is finished first.
+reading the unnamed as it meets them, before the queue. Looking ahead: while a layer waits those
+behind it are rehearsed one by one, as far as the wait lasts, and what they name is queued. `auto`
+looks ahead or goes layer by layer by what passes took. What decides is the runtime's own cost
+model (`streamer.ways`). The disk serves one byte after the other; a guess that has begun is
+finished first.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from streamer.ways import Effort, Seen, Ways
 from tools.demands import Demand
 from tools.machines import Costs
 
@@ -131,8 +135,56 @@ class _Disk:
         return self._free
 
 
+def lookahead(step: Demand, costs: Costs, named: Naming, rng: np.random.Generator) -> float:
+    """Seconds of a step; what a rehearsed layer names of its misses is drawn as for `rehearse`."""
+    effort = Effort()
+    effort.looked(costs.rehearsed)
+    disk = _Disk(costs.read, costs.read + costs.guess, 0.0)
+    right = [0] * len(step.need)
+    now, known = 0.0, 0  # known: layers that were rehearsed or run
+    for layer, (need, missed) in enumerate(zip(step.need, step.missed, strict=True)):
+        known = max(known, layer + 1)
+        there = disk.come(layer, now)
+        arrives = disk.demand(layer, now, missed - right[layer])
+        now += costs.layer
+        if missed == there:
+            continue
+        reading = max(0.0, arrives - (now - costs.layer))
+        resumed, until = now, now + _waiting(need, missed - there, reading, costs)
+        wanted = effort.pays(until - now)
+        while wanted and known < len(step.need):
+            resumed += costs.rehearsed
+            right[known] = int(rng.binomial(step.missed[known], named.recall))
+            wrong = named.recall * (1 / named.precision - 1) * step.missed[known]
+            spare = int(rng.poisson(wrong))
+            disk.guess(known, rng.permutation([True] * right[known] + [False] * spare).tolist())
+            known += 1
+            wanted = effort.goes_on(until - resumed)
+        now = max(resumed, until)
+    return now + costs.once + costs.drafts + step.drafting * (costs.read + costs.miss)
+
+
 Executor = Callable[[Demand, Costs, Naming, np.random.Generator], float]
-EXECUTORS: dict[str, Executor] = {"layerwise": layerwise, "rehearse": rehearse}  # type: ignore[dict-item]
+EXECUTORS: dict[str, Executor] = {
+    "layerwise": layerwise,  # type: ignore[dict-item]
+    "rehearse": rehearse,
+    "lookahead": lookahead,
+}
+NAMES = (*EXECUTORS, "auto")
+
+
+def _auto(
+    steps: Sequence[Demand], costs: Costs, named: Naming, rng: np.random.Generator
+) -> Iterator[float]:
+    """Seconds of each step."""
+    ways = Ways(("lookahead", "layerwise"))
+    for step in steps:
+        way = ways.choose()
+        seconds = EXECUTORS[way](step, costs, named, rng)
+        computing = costs.once + costs.drafts + costs.layer * len(step.need)
+        missing, reading = sum(m > 0 for m in step.missed), sum(step.missed) * costs.read
+        ways.record(way, Seen(seconds, max(0.0, seconds - computing), missing, reading))
+        yield seconds
 
 
 def rate(
@@ -140,5 +192,8 @@ def rate(
 ) -> float:
     """Tokens a second over these steps."""
     rng, named = np.random.default_rng(seed), naming(share)
-    seconds = sum(EXECUTORS[executor](step, costs, named, rng) for step in steps)
+    if executor == "auto":
+        seconds = sum(_auto(steps, costs, named, rng))
+    else:
+        seconds = sum(EXECUTORS[executor](step, costs, named, rng) for step in steps)
     return sum(step.kept for step in steps) / seconds
