@@ -31,7 +31,7 @@ from .experts import stored_bytes
 from .routes import Call, Group, Pass, Routes
 
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
-LOOK = 16  # generated steps for each look at what is resident
+LOOK = 8  # generated steps for each look at what is resident
 TAKE = 64  # generated steps for each time that calls and reads are taken
 KINDS = ("prefill", "decode", "verify", "draft", "rehearse")  # the first four: `streamer.routes`
 NUMBERS = {kind: i for i, kind in enumerate(KINDS)}
@@ -126,6 +126,11 @@ class Profiler:
     def accepted(self, drafts: int) -> None:
         """Of the last verify pass."""
         self._passes[-1] = 1 + drafts
+
+    def end(self) -> None:
+        """Nothing more is told: the next reads are for others to know."""
+        self._take()
+        self._store = None
 
     def _take(self) -> None:
         """What was kept elsewhere meanwhile."""

@@ -59,6 +59,7 @@ def _watched(session: Session, args: argparse.Namespace) -> tuple[dict[str, Any]
                 drafts.append((now[0] - before[0], now[1] - before[1]))
                 profiler.accepted(drafts[-1][1])
                 before = now
+    profiler.end()
     streamer.watch = None
     stats, peak = session.stats(), peak_footprint()
     costs = _costs(session, args, drafts)

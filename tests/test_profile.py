@@ -66,6 +66,13 @@ def inflated(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(folder, "--model", str(folder / "model"), *options)
 
 
+@pytest.fixture(scope="module")
+def small(inflated: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    options = ("--mtp", "1", "--kv-bits", "3.5", "--memory", "25%", "--max-tokens", "160")
+    model = inflated.page.parent / "model"
+    return Made(tmp_path_factory.mktemp("small"), "--model", str(model), *options)
+
+
 @pytest.fixture(params=["demo", "inflated"])
 def made(request: pytest.FixtureRequest) -> Made:
     return request.getfixturevalue(request.param)
@@ -74,7 +81,11 @@ def made(request: pytest.FixtureRequest) -> Made:
 # The document
 
 
-def test_owners_add_up_to_the_footprint_at_every_sample(made: Made) -> None:
+@pytest.mark.parametrize("name", ["demo", "inflated", "small"])
+def test_owners_add_up_to_the_footprint_at_every_sample(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    made: Made = request.getfixturevalue(name)
     memory = made.document["memory"]
     assert len(memory["seconds"]) > 5
     together = np.sum(list(memory["owners"].values()), axis=0)
@@ -107,6 +118,7 @@ def test_every_expert_is_accounted_for(made: Made) -> None:
     chosen = sum(map(sum, experts["use"]))
     assert chosen % document["model"]["experts_per_token"] == 0
     assert chosen >= sum(steps["asked"])
+    assert document["reads"]["bytes"] == document["run"]["bytes_read"]
     resident = sum(map(sum, experts["residency"]))
     assert 0 < resident <= experts["slots"] + 1e-6
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from kernels import backend
 from streamer import owners
 from streamer.disk import Disk
 from streamer.engine import generate
 from streamer.loading import load_streamed
 from streamer.owners import OWNERS, Ledger, Sampler
-from streamer.profiler import PARTS, Profiler
+from streamer.profiler import PARTS, Profiler, _Choices
 from streamer.recorder import Recorder
 from streamer.replay import replay
 from streamer.run import DEMO
@@ -55,6 +56,26 @@ def test_the_routes_are_a_recorders() -> None:
     assert (again.hits, again.misses) == (counters.hits, counters.misses)
     missed = sum(n.sum() for n in profiler.missed)
     assert missed == counters.misses == sum(s.misses for s in profiler.steps)
+
+
+@pytest.mark.smoke
+def test_the_extension_keeps_choices_as_python_does() -> None:
+    native = backend.native()
+    if native is None:
+        pytest.skip("the extension is not built")
+    mine, plain = native.Choices(), _Choices()
+    draw = np.random.default_rng(2)
+    for rows in (1, 3, 40):
+        ids = draw.integers(0, 60_000, (1, rows, 4)).astype(np.uint32)
+        for one in (ids, ids[:, ::2], np.swapaxes(ids, 1, 2), ids.astype(np.int32)):
+            missed = one.reshape(-1)[:rows].tolist()
+            for keeper in (mine, plain):
+                keeper.add(rows, one, missed)
+        assert mine.count == plain.count
+        assert mine.take() == plain.take() != (b"", b"", b"")
+    assert mine.take() == plain.take() == (b"", b"", b"")
+    with pytest.raises(ValueError, match="32 bits"):
+        mine.add(0, np.zeros(4), [])
 
 
 @pytest.mark.smoke
