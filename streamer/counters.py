@@ -52,7 +52,7 @@ class Demands:
 
     def stats(self) -> dict[str, float]:
         each = self.seconds / max(1, self.nbytes)
-        return {"calls": self.calls, "bytes": self.nbytes, "seconds_per_megabyte": each * 1e6}
+        return {"calls": self.calls, "bytes": self.nbytes, "seconds_per_gigabyte": each * 1e9}
 
 
 @dataclass

@@ -40,7 +40,7 @@ from .executor import Asked, Executor, Note
 from .foresee import Foresight
 from .guess import sources_of
 from .layers import Saved, attach, hand_out, save_all, stand_aside, stand_before
-from .ways import Choice, Effort, Seen, Way, Ways
+from .ways import WAYS, Choice, Effort, Seen, Way, Ways
 
 NO_TOKENS = np.zeros(0, dtype=np.int32)
 Half = Callable[[Any, mx.array, Any, Any], mx.array]  # layer, x, mask, cache
@@ -75,8 +75,7 @@ class Rehearsal:
                 sources = sources_of(guess, model, run.layers, top_k)
                 run.foresight.use(sources)
                 named = named or bool(sources)
-        ways: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")
-        self._open = tuple(w for w in ways if w != "guess" or (named and not self._chosen))
+        self._open = tuple(w for w in WAYS if w != "guess" or (named and not self._chosen))
         self._last: tuple[int, Way, float, float, int, int] | None = None  # how the last pass began
         self._count = len(layers)
         self._running = False

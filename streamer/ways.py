@@ -23,6 +23,7 @@ from typing import Literal
 Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
 EXECUTORS: tuple[Choice, ...] = ("layerwise", "lookahead", "rehearse", "auto")
 Way = Literal["layerwise", "lookahead", "guess", "rehearse"]  # guess: lookahead, and guessers
+WAYS: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")  # as they are tried
 
 GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
 DELAY = 0.7e-3  # seconds that they may hold up a demand
@@ -30,7 +31,8 @@ FADING = 0.1  # weight of the newest sample
 FIRST = 12  # passes before any trial
 TRIAL = 3  # passes of a trial; the first of them is not counted
 WINDOW = 16  # passes whose median is a way's cost
-PROBING = 0.002  # share of time that trials may lose
+# share of time that trials may lose; guessing differs little from looking ahead
+PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
 LEAST = 0.1  # what a trial is thought to lose of its time, at least
 MARGIN = 1.01  # by which another way must be faster to be changed to
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
@@ -131,14 +133,14 @@ class Seen:
 class Ways:
     """Chooses the way of the next pass by what passes took.
 
-    That is their time over that of computing and then reading what they missed, since passages
-    of a text miss unequally much.
+    Passages of a text miss unequally much: what reading took longer or shorter than on average
+    is taken off.
     """
 
-    def __init__(self, ways: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")):
+    def __init__(self, ways: tuple[Way, ...] = WAYS):
         self._ways = ways
         self._costs: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
-        self._computing, self._seconds = Mean(), Mean()  # of a pass
+        self._reading, self._seconds = Mean(), Mean()  # of a pass
         self._waited = {w: Mean() for w in ways}  # share of a pass
         self._missing = Mean()
         self._best: Way = ways[0]
@@ -162,10 +164,9 @@ class Ways:
         self._passes += 1
         self._time += seen.seconds
         self._seconds.add(seen.seconds)
-        self._computing.add(seen.seconds - seen.waited)
+        self._reading.add(seen.reading)
         if way == self._last:  # the first after a change finds the pool and caches of the other
-            expected = self._computing.value + seen.reading
-            self._costs[way].append(seen.seconds / max(1e-9, expected))
+            self._costs[way].append(seen.seconds - seen.reading + self._reading.value)
         self._last = way
         self._missing.add(seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
@@ -187,8 +188,9 @@ class Ways:
                 continue
             slower = known[way] / known[self._best] - 1 if way in known else 0.0
             lost = TRIAL * self._seconds.value * max(LEAST, slower)
-            if way not in known or PROBING * (self._time - self._tried[way]) > lost:
+            if way not in known or PROBING[way] * (self._time - self._tried[way]) > lost:
                 self._trial, self._left = way, TRIAL
+                self._costs[way].clear()  # of another time
                 return
 
     def hopeful(self, way: Way) -> bool:

@@ -165,8 +165,8 @@ def test_guesses_change_no_bit_and_are_counted(tmp_path: Path) -> None:
         for guess in (*SOURCES, ",".join(SOURCES)):
             slots = expert_count(path) // 2
             model: Any = load_streamed(path, slots=slots, executor=executor, guess=guess)  # type: ignore[arg-type]
-            assert same(expected, passes(model))
-            assert same(expected, passes(model))
+            for _ in range(3):
+                assert same(expected, passes(model))
             stats = model.streamer.counters.prefetch(1)
             assert set(guess.split(",")) <= set(stats)
             for name in guess.split(","):

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def _record(args: Any) -> int:
     path = resolve(args.model) if args.model else DEMO
     if args.memory:
-        model: Any = load(path, args.memory, mtp=args.mtp > 0)[0]
+        model: Any = load(path, args.memory, mtp=args.mtp > 0, executor="layerwise")[0]
     else:
         experts = open_model(path, mtp=args.mtp > 0).experts
         slots = round(args.pool * experts) if args.slots is None else args.slots
