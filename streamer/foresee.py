@@ -22,6 +22,7 @@ import numpy as np
 
 from .counters import Tally
 from .guess import Guess, Guesser, Moment, Rehearsed
+from .ways import Mean
 
 if TYPE_CHECKING:
     from .residency import Residency
@@ -32,7 +33,6 @@ PRIOR = 6  # guesses that a strength weighs before any has come true or not
 SLOWEST = 0.01  # weight of the newest outcome, at least
 LEAST = 0.5  # no guess is read that is less likely
 SHARE = 8  # a part of the slots
-FADING = 0.1  # weight of the newest pass
 FAR = 1.0  # seconds between passes that have nothing to do with each other
 
 
@@ -60,7 +60,7 @@ class Foresight:
         self._read: set[tuple[int, int]] = set()
         self._working: list[Tally] = []  # of sources that guess in this pass
         self._tokens = np.zeros(0, dtype=np.int32)
-        self.busy = 0.0  # share of its time that the disk reads
+        self.busy = Mean()  # share of its time that the disk reads
         self._learning = False  # the sources observe this pass
         self._guessing = False  # and guess in it
         self._at, self._nbytes = 0.0, 0  # when it was last looked at, and bytes read until then
@@ -94,7 +94,7 @@ class Foresight:
         now, nbytes = time.perf_counter(), self._run.bytes_read
         if 0 < now - self._at < FAR:
             share = (nbytes - self._nbytes) * self._run.pace.each / (now - self._at)
-            self.busy += (min(1.0, share) - self.busy) * FADING
+            self.busy.add(min(1.0, share))
         self._at, self._nbytes = now, nbytes
 
     def chose(self, layer: int, ids: np.ndarray, misses: Sequence[int], x: mx.array | None) -> None:
@@ -137,7 +137,7 @@ class Foresight:
         self._prefetch(layer, experts, deadline, room, keep)
 
     def _least(self) -> float:
-        return max(LEAST, self.busy)
+        return max(LEAST, self.busy.value)
 
     def _ask(self, moment: Moment, keep: tuple[int, frozenset[int]]) -> None:
         """Read what the sources name now, as far as it is likely."""

@@ -144,7 +144,7 @@ def test_a_busy_disk_is_left_alone() -> None:
     sight, _ = begun(run, _Named(Guess(1, 6, 0.9)), 1, [6])
     assert run.asked
     run.asked.clear()
-    sight.busy, sight._at = 0.97, 0.0  # and the pass before was long ago
+    sight.busy.value, sight._at = 0.97, 0.0  # and the pass before was long ago
     sight.begin(tokens(3), guess=True, rehearse=False)
     assert not run.asked
 
