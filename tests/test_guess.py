@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from families import make_tiny
 from test_rehearse import passes, same
 
+from streamer import run as command
 from streamer.counters import Tally
 from streamer.errors import StreamerError, UsageError
 from streamer.foresee import SHARE, Foresight
@@ -216,3 +218,21 @@ def test_a_guesser_that_there_is_not_is_refused(tmp_path: Path) -> None:
     path = make_tiny("qwen3_5_moe", tmp_path)
     with pytest.raises(UsageError, match="no guesser 'oracle'"):
         load_streamed(path, slots=expert_count(path) // 2, guess="token,oracle")
+
+
+def test_the_command_line_tells_of_each_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for guess in ("off", "token,router"):
+        options = ["--prompt", "def ", "--memory", "40%", "--max-tokens", "12", "--guess", guess]
+        options += ["--heat", "off", "--stats", str(tmp_path / "stats")]
+        assert command.main(options) == 0
+        told.append((capsys.readouterr().out, json.loads((tmp_path / "stats").read_text())))
+    assert told[0][0] == told[1][0]
+    found = told[1][1]["prefetch"]
+    for name in ("token", "router"):
+        assert set(found[name]) == {"recall", "precision", "named", "bytes", "bytes_used"}
+    assert found["router"]["named"] > 0 and 0 < found["router"]["recall"] <= 1
+    assert found["demands"]["calls"] > 0
+    assert not {"token", "router"} & set(told[0][1]["prefetch"])
