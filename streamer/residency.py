@@ -183,7 +183,7 @@ class Residency:
     @property
     def bytes_read(self) -> int:
         """By all who share the store."""
-        return self._store.counters.bytes_read
+        return self._store.bytes_read
 
     def bytes_of(self, parts: Parts) -> int:
         return sum(len(experts) for experts, _ in parts) * self.expert_bytes

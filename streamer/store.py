@@ -183,6 +183,12 @@ class Store:
         return self._counters
 
     @property
+    def bytes_read(self) -> int:
+        """So far, without bringing `counters` up to date."""
+        native = isinstance(self._engine, NativeReads)
+        return self._engine.counts[0] if native else self._counters.bytes_read  # type: ignore[union-attr]
+
+    @property
     def native(self) -> bool:
         """Whether the extension reads, so that an operation can wait for a ticket."""
         return isinstance(self._engine, NativeReads)
