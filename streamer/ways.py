@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
@@ -34,6 +34,7 @@ WINDOW = 16  # passes whose median is a way's cost
 # share of time that trials may lose; guessing differs little from looking ahead
 PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
 LEAST = 0.1  # what a trial is thought to lose of its time, at least
+PAUSE = 4  # times what a pass takes: the most that one is taken for
 MARGIN = 1.01  # by which another way must be faster to be changed to
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
 FORGOTTEN = 0.8  # and by how much
@@ -161,6 +162,9 @@ class Ways:
 
     def record(self, way: Way, seen: Seen) -> None:
         """A pass was run that way."""
+        if self._seconds.count > FIRST and seen.seconds > PAUSE * self._seconds.value:
+            # what came between this pass and the next was no decoding; or all is slower now
+            seen = replace(seen, seconds=PAUSE * self._seconds.value)
         self._passes += 1
         self._time += seen.seconds
         self._seconds.add(seen.seconds)

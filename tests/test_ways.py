@@ -53,6 +53,15 @@ def test_what_becomes_faster_is_found_and_what_becomes_slower_left() -> None:
     assert chosen[-100:].count("layerwise") >= 95
 
 
+def test_pauses_between_generations_are_no_reason_for_trials() -> None:
+    calm, paused = Ways(), Ways()
+    run(calm, 300, lambda _: Seen(1.0, 0.3, 6))
+    for _ in range(10):
+        run(paused, 30, lambda _: Seen(1.0, 0.3, 6))
+        paused.record(paused.choose(), Seen(1000.0, 0.3, 6))
+    assert paused._time < 1.3 * calm._time
+
+
 def test_equal_ways_are_not_alternated() -> None:
     chosen = run(Ways(), 600, lambda _: Seen(1.0, 0.3, 6))
     assert sum(a != b for a, b in pairwise(chosen)) < 12
