@@ -47,7 +47,7 @@ def test_a_breach_is_seen(line: str, tmp_path: Path) -> None:
 
 
 def test_relative_imports_are_followed(found: drawing.Imports) -> None:
-    assert "streamer.pool" in found["streamer.executor"]
+    assert "streamer.pool" in found["streamer.residency"]
     assert "mtp.families.family" in found["mtp.families.qwen"]
 
 
