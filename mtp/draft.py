@@ -150,7 +150,9 @@ class Drafter:
             room = WAITING - total
             if room <= 0:
                 break
-            kept.append((hidden[:, -room:], tokens[-room:]))
+            kept.append(
+                (hidden, tokens) if len(tokens) <= room else (hidden[:, -room:], tokens[-room:])
+            )
             total += min(room, len(tokens))
         if sum(len(t) for _, t in self._waiting) > total:
             self._late = [None] * self._units
