@@ -14,7 +14,7 @@ from test_metal_kernels import emulated
 from cache import attention
 from cache.compressed import CompressedKVCache
 from cache.side import BLOCK
-from kernels.metal import codes
+from kernels.metal import codes, launch
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="there is no C++ compiler")
 
@@ -39,7 +39,7 @@ def both(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
     crossing: int = 0,
-    launch: Any = emulated,
+    launched: Any = emulated,
 ) -> tuple[mx.array, mx.array]:
     """What the kernels give, and the reference."""
     keys, values, scale = cache.keys, cache.values, q.shape[-1] ** -0.5
@@ -49,7 +49,7 @@ def both(
     whole = attention.as_array(mask, T, cache.offset)
     bias = None if not isinstance(mask, mx.array) else mx.where(mask, 0.0, -mx.inf)
     y, rest = codes.attend(
-        launch,
+        launched,
         scaled,
         keys.codec.rotation.forward(scaled),
         attention.as_kernel_side(keys, crossing),
@@ -78,11 +78,43 @@ def near(found: mx.array, wanted: mx.array) -> None:
     assert mx.abs(found - wanted).max() <= 1e-5 * mx.abs(wanted).max()
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4, 8])
-@pytest.mark.parametrize("tokens", [140, 421])
+def trace(
+    name: str, inputs: Sequence[mx.array], template: Any, groups: Any, threads: int, outputs: Any
+) -> list[mx.array]:
+    """A launch that runs nothing: its program goes to TRACED."""
+    arguments = launch.arguments(inputs, template, groups, threads, outputs)
+    TRACED.append(emulator.code_of(launch.built(name), inputs, arguments))
+    return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+
+TRACED: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def programs() -> None:
+    """The programs of the tests below that have one or two each, compiled side by side."""
+    for bits, tokens in LAYOUTS:
+        of_layout(bits, tokens, trace)
+    for case in SHAPES:
+        of_shape(case, trace)
+    for seed in SEEDS:
+        of_seed(seed, trace)
+    emulator.compile_all(TRACED)
+
+
+LAYOUTS = [(bits, tokens) for bits in (2, 2.5, 3, 3.5, 4, 8) for tokens in (140, 421)]
+
+
+def of_layout(bits: float, tokens: int, launched: Any = emulated) -> tuple[mx.array, mx.array]:
+    cache = held(tokens, (bits, bits), 64, 64, H=2)
+    return both(cache, normal(3, 1, 6, 3, 64), "causal", launched=launched)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(("bits", "tokens"), LAYOUTS)
 def test_every_layout(bits: float, tokens: int) -> None:
     """One tile less than full, and several spans of which the last is short."""
-    near(*both(held(tokens, (bits, bits), 64, 64, H=2), normal(3, 1, 6, 3, 64), "causal"))
+    near(*of_layout(bits, tokens))
 
 
 SHAPES = [  # D, Dv, key heads, query heads, rows, tokens
@@ -99,17 +131,24 @@ SHAPES = [  # D, Dv, key heads, query heads, rows, tokens
 ]
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_heads_and_rows(case: tuple[int, ...]) -> None:
+def of_shape(case: tuple[int, ...], launched: Any = emulated) -> tuple[mx.array, mx.array]:
     D, Dv, H, heads, rows, tokens = case
     bits = (8.0, 4.0) if rows % 2 else (3.5, 2.5)
     cache = held(tokens, bits, D, Dv, B=2 if D < 128 else 1, H=H)
     mask = None if rows == 1 else "causal"
-    near(*both(cache, normal(3, 2 if D < 128 else 1, heads, rows, D), mask))
+    return both(cache, normal(3, 2 if D < 128 else 1, heads, rows, D), mask, launched=launched)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_shapes(seed: int) -> None:
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_heads_and_rows(case: tuple[int, ...]) -> None:
+    near(*of_shape(case))
+
+
+SEEDS = range(4)
+
+
+def of_seed(seed: int, launched: Any = emulated) -> tuple[mx.array, mx.array]:
     random = np.random.default_rng(seed)
     bits = tuple(random.choice([2, 2.5, 3, 3.5, 4, 8], 2))
     D, Dv = (int(n) for n in random.choice([64, 68, 100, 112, 144, 160], 2))
@@ -117,7 +156,13 @@ def test_random_shapes(seed: int) -> None:
     cache = held(int(random.integers(140, 700)), bits, D, Dv, H=H)
     cache.trim(int(random.integers(0, 60)))
     cache.update_and_fetch(normal(7, 1, H, rows, D), normal(8, 1, H, rows, Dv))
-    near(*both(cache, normal(seed, 1, H * group, rows, D), "causal"))
+    return both(cache, normal(seed, 1, H * group, rows, D), "causal", launched=launched)
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_shapes(seed: int) -> None:
+    near(*of_seed(seed))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 100, 132])
@@ -146,19 +191,19 @@ def test_a_crossing() -> None:
 
 
 def test_a_pass_is_one_launch_and_a_merge() -> None:
-    launched: list[tuple[str, int]] = []
+    names: list[tuple[str, int]] = []
 
     def counted(name: str, inputs: Any, template: Any, groups: Any, threads: int, o: Any) -> Any:
-        launched.append((name, threads))
+        names.append((name, threads))
         return emulated(name, inputs, template, groups, threads, o)
 
     cache = held(421, (3.5, 3.5), 64, 64, H=2)
-    both(cache, normal(3, 1, 8, 8, 64), "causal", launch=counted)
-    assert [name for name, _ in launched] == ["codes", "codes_merge"]
-    assert all(threads <= 896 for _, threads in launched)
-    launched.clear()
-    both(held(140, (3.5, 3.5), 64, 64), normal(3, 1, 2, 1, 64), launch=counted)
-    assert [name for name, _ in launched] == ["codes"]
+    both(cache, normal(3, 1, 8, 8, 64), "causal", launched=counted)
+    assert [name for name, _ in names] == ["codes", "codes_merge"]
+    assert all(threads <= 896 for _, threads in names)
+    names.clear()
+    both(held(140, (3.5, 3.5), 64, 64), normal(3, 1, 2, 1, 64), launched=counted)
+    assert [name for name, _ in names] == ["codes"]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 65, 128, 512])

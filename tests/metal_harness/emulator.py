@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,22 +125,46 @@ def program(
 
 @cache
 def folder() -> tempfile.TemporaryDirectory[str]:
-    """Where programs lie, until Python ends."""
-    return tempfile.TemporaryDirectory(prefix="metal-harness-")
+    """Where programs lie, until Python ends, beside the headers, which GCC reads compiled."""
+    made = tempfile.TemporaryDirectory(prefix="metal-harness-")
+    for header in HEADER.parent.glob("*.h"):
+        shutil.copy(header, made.name)
+    header = Path(made.name, HEADER.name)
+    _compile("-x", "c++-header", str(header), "-o", f"{header}.gch")
+    return made
+
+
+def _compile(*arguments: str) -> None:
+    assert COMPILER is not None
+    flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern"]
+    done = subprocess.run([COMPILER, *flags, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def compiled(code: str) -> Path:
     """The program of that code; each is compiled once."""
     path = Path(folder().name, hashlib.sha256(code.encode()).hexdigest()[:16])
     if not path.exists():
-        assert COMPILER is not None
         path.with_suffix(".cpp").write_text(code)
-        flags = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", f"-I{HEADER.parent}"]
-        poison = ["-ftrivial-auto-var-init=pattern"]
-        command = [COMPILER, *flags, *poison, str(path.with_suffix(".cpp")), "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        _compile(f"-I{folder().name}", str(path.with_suffix(".cpp")), "-o", str(path))
     return path
+
+
+def compile_all(codes: Iterable[str]) -> None:
+    """Compile programs side by side, for `run` to find."""
+    folder()
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as workers:
+        list(workers.map(compiled, dict.fromkeys(codes)))
+
+
+def code_of(
+    build: Callable[..., Any], inputs: Sequence[mx.array], arguments: dict[str, Any]
+) -> str:
+    """The program of one call."""
+    shapes, dtypes = arguments["output_shapes"], arguments["output_dtypes"]
+    text, instance = source(build, inputs, arguments)
+    widths = [(int(np.prod(s)), d.size) for s, d in zip(shapes, dtypes, strict=True)]
+    return program(text, instance, arguments["grid"], arguments["threadgroup"], widths)
 
 
 def run(
@@ -147,10 +172,7 @@ def run(
 ) -> list[mx.array]:
     """What the kernel's outputs hold; raises Caught with what it did wrong."""
     shapes, dtypes = arguments["output_shapes"], arguments["output_dtypes"]
-    text, instance = source(build, inputs, arguments)
-    widths = [(int(np.prod(s)), d.size) for s, d in zip(shapes, dtypes, strict=True)]
-    code = program(text, instance, arguments["grid"], arguments["threadgroup"], widths)
-    path = compiled(code)
+    path = compiled(code_of(build, inputs, arguments))
     with tempfile.TemporaryDirectory(dir=folder().name) as work:
         names = [Path(work, str(i)) for i in range(len(inputs) + len(shapes))]
         for name, array in zip(names, inputs, strict=False):
