@@ -124,7 +124,7 @@ def measured(
         run["full_floor_ms"] = floors.ms(2 * KEY_HEADS * context * CHANNELS * 4, multiplies)
         for b, cache in codes.items():
             stored = 2 * KEY_HEADS * cache.keys.coded * cache.keys.codec.row_bytes
-            digits = 0.5 if backend.isa() == "avx512vnni" and b < 8 else 1
+            digits = 0.5 if backend.isa() in ("amx", "avx512vnni") and b < 8 else 1
             floor = floors.ms(stored, multiplies * digits)
             runs.append(
                 {**run, "bits": b, "codes_ms": ms[b, rows], "codes_floor_ms": floor}

@@ -35,9 +35,10 @@ const std::vector<Choice>& choices() {
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni) out.push_back({"avx512vnni", Level::vnni, &rows_vnni(), &steps_avx512()});
+    // Behind VNNI, which reads weights from memory faster at one row, until tiles do so too.
     const Rows* amx = vnni && __builtin_cpu_supports("gfni") ? rows_amx() : nullptr;
     if (amx && tiles_granted()) out.push_back({"amx", Level::amx, amx, &steps_avx512()});
-    if (vnni) out.push_back({"avx512vnni", Level::vnni, &rows_vnni(), &steps_avx512()});
     if (avx512) out.push_back({"avx512", Level::avx512, &rows_avx512(), &steps_avx512()});
     if (avx2) out.push_back({"avx2", Level::avx2, &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)

@@ -9,7 +9,7 @@ namespace streamer {
 // Each x86 set has what those before it have.
 enum class Level { portable, neon, avx2, avx512, vnni, amx };
 
-// Fastest first, of those both compiled in and present; "portable" is always last.
+// Fastest at one row first, of those both compiled in and present; "portable" is always last.
 std::vector<std::string> isas();
 
 // The one in use: STREAMER_ISA if set and usable, else the first of isas().
