@@ -16,7 +16,8 @@ namespace streamer {
 namespace {
 
 constexpr int W = 16; // output rows of a block, groups of a stretch
-constexpr int64_t fetched = 8; // lines of a row of weights between those in use and those asked for
+constexpr int64_t early = 2, late = 2;
+constexpr int64_t fetched = 4096; // bytes of weights between the next block and those asked for
 
 // What M rows of x are packed to: for each tile of weights the digits that it meets, `lanes` rows of
 // x in each of one or two tiles; for each group and tile units; for each group and row sums of x.
@@ -217,10 +218,10 @@ struct Block {
   int64_t row_bytes, step_bytes;
   int rows; // of the block
 
-  alignas(64) uint8_t bytes[2][R * 64];
-  alignas(64) int32_t products[2][tiles][R * 4 * lanes];
+  alignas(64) uint8_t bytes[4][R * 64];
+  alignas(64) int32_t products[4][tiles][R * 4 * lanes];
   alignas(64) float scales[W * W], biases[W * W];
-  alignas(64) float totals[tiles][all * W], offsets[M * W];
+  alignas(64) float totals[tiles][all * W];
 
   Block(const Matrix& A, const Layout& L, const float* x)
       : A(A),
@@ -265,13 +266,13 @@ struct Block {
     const uint8_t* from = weights + r * row_bytes;
     const uint8_t* digits = packed + begin * tiles * tile_bytes;
     const float* units = reinterpret_cast<const float*>(packed + L.digits) + g * tiles * W;
-    const int64_t lines = row_bytes / 64;
 
+    // In the order of memory, whatever is read when: so the hardware fetches ahead, too.
+    const int64_t share = R * step_bytes, ahead = W * row_bytes + fetched;
     auto fetch = [&](int64_t step) {
-      int64_t at = step * step_bytes + fetched * 64;
-      if (at % 64 != 0 || lines == 0) return;
-      if (at >= row_bytes) at += (W - 1) * row_bytes;
-      for (int i = 0; i < R; ++i) __builtin_prefetch(from + i * row_bytes + at, 0, 2);
+      for (int64_t i = 0; i < share; i += 64) {
+        __builtin_prefetch(from + ahead + step * share + i, 0, 2);
+      }
     };
     auto scale = [&](int64_t group, int turn) {
       const float* s = scales + (group - g) * W + r;
@@ -288,11 +289,15 @@ struct Block {
       }
     };
 
-    if (bits == 4) unpack(from + begin * step_bytes, bytes[begin & 1]);
+    if (bits == 4) {
+      for (int64_t step = begin; step < end && step < begin + early; ++step) {
+        unpack(from + step * step_bytes, bytes[step & 3]);
+      }
+    }
     for (int64_t step = begin; step < end; ++step) {
       fetch(step);
-      if (bits == 4 && step + 1 < end) {
-        unpack(from + (step + 1) * step_bytes, bytes[(step + 1) & 1]);
+      if (bits == 4 && step + early < end) {
+        unpack(from + (step + early) * step_bytes, bytes[(step + early) & 3]);
       }
       const int64_t group = step / L.steps, within = step - group * L.steps;
       if (within == 0) {
@@ -300,7 +305,7 @@ struct Block {
         if (tiles == 2) tile_zero<1>();
       }
       if (bits == 4) {
-        tile_load<2>(bytes[step & 1], 64);
+        tile_load<2>(bytes[step & 3], 64);
       } else {
         tile_load<2>(from + step * step_bytes, row_bytes);
       }
@@ -312,11 +317,13 @@ struct Block {
       }
       digits += tiles * tile_bytes;
       if (within + 1 < L.steps) continue;
-      tile_store<0>(products[group & 1][0], line);
-      if (tiles == 2) tile_store<1>(products[group & 1][1], line);
-      if (group > g) scale(group - 1, (group - 1) & 1);
+      tile_store<0>(products[group & 3][0], line);
+      if (tiles == 2) tile_store<1>(products[group & 3][1], line);
+      if (group - g >= late) scale(group - late, (group - late) & 3);
     }
-    scale(stop - 1, (stop - 1) & 1);
+    for (int64_t group = stop - g < late ? g : stop - late; group < stop; ++group) {
+      scale(group, group & 3);
+    }
     for (int i = 0; i < all; ++i) _mm512_store_ps(kept + W * i, total[i]);
   }
 
