@@ -12,10 +12,12 @@
 #if defined(__AMX_INT8__)
 #include <immintrin.h>
 
+#include "wide512.h"
+
 namespace streamer {
 namespace {
 
-constexpr int W = 16; // output rows of a block, groups of a stretch
+// W: also the output rows of a block and the groups of a stretch.
 constexpr int64_t early = 2, late = 2;
 constexpr int64_t fetched = 4096; // bytes of weights between the next block and those asked for
 
@@ -144,21 +146,6 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   for (int m = 0; m < M; ++m) {
     A.bits == 4 ? pack_row<4>(L, x[m], m, M, to) : pack_row<8>(L, x[m], m, M, to);
   }
-}
-
-inline __mmask16 first(int64_t count) {
-  return count >= W ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// `some` of the scales (or biases) from `index` on, zeros elsewhere.
-inline __m512 wide(__mmask16 some, const void* base, Scale type, int64_t index) {
-  if (type == Scale::f32) {
-    return _mm512_maskz_loadu_ps(some, static_cast<const float*>(base) + index);
-  }
-  const __m256i half =
-      _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(base) + index);
-  if (type == Scale::f16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 // Sixteen vectors by sixteen: lane i of vector j becomes lane j of vector i.

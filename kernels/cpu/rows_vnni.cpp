@@ -8,11 +8,11 @@
 #include <immintrin.h>
 
 #include "rows.h"
+#include "wide512.h"
 
 namespace streamer {
 namespace {
 
-constexpr int W = 16;
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
 // A block is 64 bytes of weights. Per row of x it holds digits h, m, l of what they meet, 64 bytes
@@ -158,21 +158,6 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   }
 }
 
-inline __mmask16 first(int64_t count) {
-  return count >= W ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
-// `some` of the scales (or biases) from `index` on, zeros elsewhere.
-inline __m512 wide(__mmask16 some, const void* base, Scale type, int64_t index) {
-  if (type == Scale::f32) {
-    return _mm512_maskz_loadu_ps(some, static_cast<const float*>(base) + index);
-  }
-  const __m256i half =
-      _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(base) + index);
-  if (type == Scale::f16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 inline __m128 quarter(__m512 a) {
   const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
   return _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
@@ -306,14 +291,6 @@ void run(
   run_bits<8>(A, M, packed, y, begin, end);
 }
 
-void swiglu(float* gate, const float* up, int64_t count) {
-  rows_avx512().swiglu(gate, up, count);
-}
-
-void silu(float* x, int64_t count) {
-  rows_avx512().silu(x, count);
-}
-
 // Eight independent sums of bytes; three products of bytes make one of a weight.
 float peak(int rounds, int start) {
   const __m512i w = _mm512_set1_epi8(static_cast<char>(start)), x = _mm512_set1_epi8(3);
@@ -340,7 +317,8 @@ float peak(int rounds, int start) {
 } // namespace
 
 const Rows& rows_vnni() {
-  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 8 * 64 / 3};
+  static const Rows table = {
+      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 8 * 64 / 3};
   return table;
 }
 
