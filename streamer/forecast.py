@@ -5,11 +5,12 @@
 
 The run's routers are replayed on the other pool, which gives its misses (the replay runs
 the runtime's own executor: on the run's pool it counts what the run counted). A step then
-takes what those of the run took that found all of their experts, or, where there were few,
-what such a step was measured to take (`streamer.calibrate`); each layer that misses and each
-expert that is read add what they added to the run's steps; where everything
-is in memory, a step takes what that was measured to take. Where the run had no misses of its
-own, a miss waits as long as the disk was measured to need for one expert.
+takes what those of the run took that found all of their experts, or what such a step was
+measured to take (`streamer.calibrate`) where that is less or there were few: other work only
+makes either longer, and a slow second of one must not pass for the model's; each layer that
+misses and each expert that is read add what they added to the run's steps; where everything is
+in memory, a step takes what that was measured to take. Where the run had no misses of its own,
+a miss waits as long as the disk was measured to need for one expert.
 
 Limits: the text decides what is routed, so this holds for texts like the run's; a back end
 that serves another budget otherwise (from the page cache, say) is not foreseen.
@@ -76,7 +77,7 @@ def costs(document: dict[str, Any]) -> Costs:
         return Costs(hit, 0.0, measured.get("read_seconds", 0.0), resident, tokens)
     found = busy[misses == 0]
     if len(found) >= ENOUGH:
-        hit = float(found.mean())
+        hit = min(hit, float(found.mean()))
     late, waited = _prices(calls, misses, busy - hit), _prices(calls, misses, waits)
     return Costs(hit, late[0] + waited[0], late[1] + waited[1], resident, tokens)
 

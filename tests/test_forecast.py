@@ -132,7 +132,9 @@ def test_between_pools_the_forecast_lies_between(swept: tuple[Path, dict[str, An
 # What a forecast is made of
 
 
-def made(misses: list[int], waits: list[float], busy: list[float]) -> dict[str, Any]:
+def made(
+    misses: list[int], waits: list[float], busy: list[float], hit: float = 1.0
+) -> dict[str, Any]:
     steps: dict[str, Any] = {part: [0.0] * len(misses) for part in PARTS}
     steps |= {"kind": ["decode"] * len(misses), "misses": misses, "waiting": waits}
     steps |= {"calls": [min(2, n) for n in misses], "compute": busy}
@@ -140,7 +142,7 @@ def made(misses: list[int], waits: list[float], busy: list[float]) -> dict[str, 
         "steps": steps,
         "run": {"generated_tokens": len(misses)},
         "budget": {"resident": False},
-        "costs": {"hit_step_seconds": 1.0, "resident_step_seconds": 0.5, "read_seconds": 0.3},
+        "costs": {"hit_step_seconds": hit, "resident_step_seconds": 0.5, "read_seconds": 0.3},
     }
 
 
@@ -150,8 +152,10 @@ def test_costs_are_those_that_the_steps_were_made_of() -> None:
     calls = [min(2, n) for n in misses]
     waits = [0.25 * n for n in misses]
     busy = [2.0 + 0.125 * c for c in calls]
-    found = costs(made(misses, waits, busy))
+    found = costs(made(misses, waits, busy, hit=2.5))
     assert found == pytest.approx((2.0, 0.125, 0.25, 0.5, 1.0))
+    slow = costs(made(misses, waits, [b + 1 for b in busy], hit=2.0))
+    assert slow.hit == 2.0, "the run's own were disturbed"
     few = costs(made(misses[4:], waits[4:], [b - 1 for b in busy[4:]]))
     assert few == pytest.approx((1.0, 0.125, 0.25, 0.5, 1.0)), "measured apart: too few such steps"
     none = costs(made([0] * 6, [0.0] * 6, [2.0] * 6))
