@@ -24,7 +24,10 @@ def main(argv: list[str] | None = None) -> int:
         given = f"unknown command {argv[0]!r}" if argv else "no command given"
         print(f"error: {given}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"streamer.{argv[0]}").main(argv[1:])
+    try:
+        return importlib.import_module(f"streamer.{argv[0]}").main(argv[1:])
+    except KeyboardInterrupt:  # while modules are imported
+        return 130
 
 
 def _usage() -> str:

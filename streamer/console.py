@@ -127,6 +127,33 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def prompt_of(given: str) -> str:
+    """A prompt from the command line, or from stdin where that is "-".
+
+    Raises UsageError where there is none, and for bytes that are not UTF-8.
+    """
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode()  # bytes that could not be decoded are surrogates by now
+    except UnicodeError:
+        raise UsageError("the prompt is not UTF-8") from None
+    if not text:
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises UsageError now, not after the run, where `path` cannot be written then."""
+    if path is None:
+        return
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.open("wb").close()
+        aside.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write aside, sync, rename. Raises UsageError when the folder cannot be written."""
     aside = path.with_name(path.name + ".partial")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import PROMPT
-from .console import Parser, command, say, write_json
+from .console import Parser, check_writable, command, prompt_of, say, write_json
 from .errors import UsageError
 from .footprint import parse_size
 from .run import DEMO, add_options
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("give --out report.html, --json FILE, or both")
     if args.out and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a page needs matplotlib: pip install 'moe-streamer[profile]'")
+    check_writable(args.out)
+    check_writable(args.json)
     prompt = _prompt(args.prompt)
     budgets = _budgets(args)
     with tempfile.TemporaryDirectory(prefix="streamer-profile-") as folder:
@@ -78,8 +80,10 @@ def _prompt(file: str | None) -> str:
     """Of the file, or the benchmark's."""
     if file is None:
         return PROMPT
+    if file == "-":
+        return prompt_of(file)
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"cannot read the prompt {file}: {why}") from error

@@ -17,7 +17,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .console import Interrupted, Parser, bar, command, interruptible, number, say, write_json
+from .console import (
+    Interrupted,
+    Parser,
+    bar,
+    check_writable,
+    command,
+    interruptible,
+    number,
+    prompt_of,
+    say,
+    write_json,
+)  # fmt: skip
 from .disk import Disk
 from .errors import UsageError
 from .kv import bits_option
@@ -125,9 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--chat and --prompt exclude each other")
     if not args.chat and args.prompt is None:
         raise UsageError("give --prompt TEXT, --prompt - to read stdin, or --chat")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if prompt == "":
-        raise UsageError("the prompt is empty")
+    prompt = None if args.chat else prompt_of(args.prompt)
+    check_writable(args.stats)
 
     from .session import open_session
 

@@ -1,6 +1,7 @@
 """Bad input: one line on stderr that says what and where, exit code 2, nothing on stdout."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from families import make_tiny
 
-from streamer import plan, run
+from streamer import cli, plan, run
 from streamer.checkpoint import INDEX
 from streamer.opened import open_model
 
@@ -203,4 +204,24 @@ def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_statistics_that_cannot_be_written(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", str(whole), "--prompt", "x", "--raw", "--max-tokens", "2"]
     assert run.main([*argv, "--stats", "/no/such/folder/s.json"]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "cannot write" in told.err and not told.out, "before the model is loaded"
+    assert len(told.err.splitlines()) == 1
+
+
+def test_a_prompt_that_is_not_utf8(whole: Path) -> None:
+    command = [sys.executable, "-m", "streamer.run", "--model", str(whole), "--prompt", "-"]
+    for environment in ({"LC_ALL": "C", "PYTHONUTF8": "1"}, {"PYTHONIOENCODING": "utf-8:strict"}):
+        done = subprocess.run(
+            command, input=b"\xff\xfe", capture_output=True, env=os.environ | environment
+        )
+        assert done.returncode == 2 and done.stdout == b""
+        assert done.stderr == b"error: the prompt is not UTF-8\n"
+
+
+def test_an_interruption_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", stop)
+    assert cli.main(["run", "--prompt", "x"]) == 130
