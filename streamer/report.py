@@ -179,7 +179,7 @@ def _steps(document: dict[str, Any], n: Numbers) -> str:
         "handing out tokens; waiting for reads is what a faster disk or a larger pool would save."
     )
     if document["timeline"]["beyond"]:
-        sentence += n.fill(" {timeline.beyond|count} bars go beyond the top.")
+        sentence += n.fill(" Bars that go beyond the top: {timeline.beyond|count}.")
     return _section(
         "Where each step's time went", "steps", figures.draw_steps(document), rows, sentence
     )
