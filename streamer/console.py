@@ -155,12 +155,16 @@ def check_writable(path: Path | None) -> None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write aside, sync, rename. Raises UsageError when the folder cannot be written."""
     aside = path.with_name(path.name + ".partial")
     try:
         with open(aside, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -36,6 +36,7 @@ PERIOD = 0.02  # seconds between samples, at first
 SHARE = 0.003  # of the time: the period is longer where a sample takes long
 HEAP_EVERY = 10  # samples for each walk over malloc's free blocks, which is slow
 MOST = 480  # samples kept: past it every other one goes and the period doubles
+SETTLING = 0.02  # seconds in which a new thread slows those beside it, before the run
 STEADY = 0.01  # a sample during which the footprint changed by more is taken again
 TRIES = 5
 CACHESTAT = 451  # the system call, on every Linux architecture
@@ -123,6 +124,7 @@ class Sampler:
         self._began = time.perf_counter()
         self._take()
         self._thread.start()
+        time.sleep(SETTLING)
         return self
 
     def __exit__(self, *_: object) -> None:

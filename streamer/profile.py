@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import PROMPT
-from .console import Parser, check_writable, command, prompt_of, say, write_json
+from .console import Parser, check_writable, command, prompt_of, say, write_json, write_text
 from .errors import UsageError
 from .footprint import parse_size
 from .run import DEMO, add_options
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         from .report import page
 
-        _write(args.out, page(document))
+        write_text(args.out, page(document))
         say(f"wrote {args.out}")
     return 0
 
@@ -142,19 +141,6 @@ def _document(runs: list[dict[str, Any]], folder: Path, *, swept: bool) -> dict[
     if swept:
         document["sweep"] = sweep(runs, routes)
     return document
-
-
-def _write(path: Path, text: str) -> None:
-    """Write aside, sync, rename. Raises UsageError when the folder cannot be written."""
-    aside = path.with_name(path.name + ".partial")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ Three ways take turns, in another order each round: nobody watches; `streamer.pr
 and its samples of memory; the view of `streamer.run --live`, on a pseudo-terminal whose other end
 is read and thrown away. In each the text goes to that terminal as it comes. A greedy reply to the
 same prompt asks for the same experts each time and leaves the pool as the last one did, so rounds
-differ by what else the machine does only; of each round the watched time over the unwatched one
-is taken, and of these the median, with a range that holds the true one 19 times in 20 (order
-statistics, no assumption about the spread). Processor time, of all threads, is told beside it.
+differ by what else the machine does only; what is done once, before the reply, is not counted.
+Of each round the watched time over the unwatched one is taken, and of these the median, with a
+range that holds the true one 19 times in 20 (order statistics, no assumption about the spread).
+Processor time, of all threads, is told beside it.
 
 Prints a table and, last, one JSON line.
 """
@@ -137,13 +138,13 @@ def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
 
             console = SteadyConsole(file=tty, force_terminal=True, width=120, height=40)
             view = View(session, console, own_text=True)
-        began, cpu = time.perf_counter(), time.process_time()
         if way == "profile":
             streamer.watch = profiler
             stack.enter_context(Sampler(ledger))
         if way == "live":
             stack.enter_context(view.shown())
             write = view.write  # type: ignore[assignment]
+        began, cpu = time.perf_counter(), time.process_time()
         for piece in session.reply(session.prompt_tokens, lambda done, total: None):
             write(piece)
         stack.close()
