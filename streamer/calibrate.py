@@ -94,7 +94,7 @@ def _step(model: Any, tokens: Sequence[int], depth: int) -> float:
         streamer.watch = before
         vars(streamer.counters).update(vars(counters))
     times = [sum(s.parts) for s in profiler.steps if s.kind != "prefill"]
-    return statistics.mean(times[WARM:])
+    return statistics.median(times[WARM:])  # a stall would be a large part of so few
 
 
 def _layers(runs: Sequence[Executor]) -> Iterator[tuple[Executor, int, Any]]:
