@@ -5,9 +5,9 @@ turns over the same number of tokens: in float32 on the CPU (ours is kernels.fas
 a GPU, where full precision is MLX's alone. On the CPU the floors are measured in the same rounds:
 keys and values have to be read once (a plain sum gives the bandwidth), and each row makes
 2 * 16 * 256 multiply-adds a token (independent ones in registers give the rate). A floor is the
-larger of the two times; where codes are multiplied as bytes, two digits of 64 products an
-instruction, their multiply-adds take half as long. Milliseconds, medians; the first round is
-dropped, and MLX is left out of rounds once it takes longer than a second. Prints a table and, last,
+larger of the two times; where codes are multiplied as bytes, their rate is that of the instructions
+for bytes (DIGITS). Milliseconds, medians; the first round is dropped, and MLX is left out of rounds
+once it takes longer than a second. Prints a table and, last,
 one JSON line. `--footprint` instead fills caches of 32k tokens and prints what the process holds.
 
     python -m tools.kv_speed --contexts 8192 32768 --bits 2.5 3.5
@@ -41,6 +41,9 @@ PASS = 1024
 ROWS = (1, 4)
 PAUSE = 1.0  # seconds of MLX's attention in one go, at most, where a round can be left out
 ROUNDS = 200_000  # of 128 multiply-adds
+# Products of bytes for a multiply-add (with AMX two for keys and three for values), of those that
+# native.product_rate() makes for one.
+DIGITS = {"amx": 2.5 / 4, "avx512vnni": 2 / 3}
 
 
 def filled(cache: Any, context: int, dtype: mx.Dtype) -> Any:
@@ -81,19 +84,25 @@ class Floors:
     """What reading and multiplying take here, from the rounds so far."""
 
     read: list[float] = field(default_factory=list)  # seconds a byte
-    multiply: list[float] = field(default_factory=list)  # seconds a multiply-add
+    multiply: list[float] = field(default_factory=list)  # seconds a multiply-add of floats
+    product: list[float] = field(default_factory=list)  # and of codes of up to 4 bits
 
     def measure(self, x: mx.array) -> None:
         """x: an evaluated float32 array that no cache holds."""
         if (native := backend.native()) is not None and backend.available():
             self.read.append(native.read_seconds(x) / x.nbytes)
             self.multiply.append(1 / native.multiply_rate(ROUNDS))
+            digits = DIGITS.get(backend.isa())
+            self.product.append(
+                digits / native.product_rate(ROUNDS) if digits else self.multiply[-1]
+            )
 
-    def ms(self, nbytes: int, multiplies: float) -> float | None:
+    def ms(self, nbytes: int, multiplies: float, codes: bool = False) -> float | None:
         """The larger of the two, in milliseconds; None on a GPU."""
         if not self.read:
             return None
-        read, multiply = (statistics.median(s[1:] or s) for s in (self.read, self.multiply))
+        each = self.product if codes else self.multiply
+        read, multiply = (statistics.median(s[1:] or s) for s in (self.read, each))
         return 1e3 * max(read * nbytes, multiply * multiplies)
 
 
@@ -124,8 +133,7 @@ def measured(
         run["full_floor_ms"] = floors.ms(2 * KEY_HEADS * context * CHANNELS * 4, multiplies)
         for b, cache in codes.items():
             stored = 2 * KEY_HEADS * cache.keys.coded * cache.keys.codec.row_bytes
-            digits = 0.5 if backend.isa() in ("amx", "avx512vnni") and b < 8 else 1
-            floor = floors.ms(stored, multiplies * digits)
+            floor = floors.ms(stored, multiplies * (2 if b == 8 else 1), codes=True)
             runs.append(
                 {**run, "bits": b, "codes_ms": ms[b, rows], "codes_floor_ms": floor}
                 | {"codes_to_one_row": ms[b, rows] / ms[b, 1]}

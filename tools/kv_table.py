@@ -25,12 +25,14 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from cache import reference
 from cache.attention import install
+from cache.choose import choose, measure
 from cache.codec import Codec
 from cache.make import kinds_of, make_cache
 from tools import demo_corpus
 
 DEMO = Path(__file__).parents[1] / "streamer" / "demo"
 GROUP = 64
+SEEN = 256  # tokens that spread is measured over
 CONTEXT = 8192  # tokens that the bytes of a mean are spread over
 Decoder = Callable[[mx.array], mx.array]
 
@@ -180,10 +182,15 @@ def quality(widths: list[float], context: int, windows: int, step: int) -> None:
         cache = make_prompt_cache(model)
         return [QuantizedKVCache(GROUP, bits) if type(c) is KVCache else c for c in cache]
 
+    spread = measure(model, ids[0][:SEEN])
+    print("spread", [None if s is None else round(s, 2) for s in spread])
     full, best = logits(lambda: make_prompt_cache(model))
     print(f"{len(ids)} windows of {context} tokens, full precision: loss {full:.4f}")
     for bits in widths:
         rows = [("ours", lambda b=bits: make_cache(model, b, b))]
+        if bits <= 4:
+            chosen = choose(spread, bits)
+            rows.append(("by layer", lambda c=chosen: make_cache(model, layers=c)))
         if bits == int(bits):
             rows.append(("mlx-lm", lambda b=int(bits): grouped(b)))
         for name, make in rows:
