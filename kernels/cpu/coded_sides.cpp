@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "isa.h"
+#include "tiles.h"
 
 namespace streamer {
 
@@ -19,7 +20,9 @@ const CodeSteps& code_steps() {
 const ByteSteps* byte_steps() {
 #if defined(__x86_64__)
   static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-  if (vbmi && level() >= Level::amx) return codes_tiles();
+  // Tiles, where they are, even if VNNI is the first choice for weights.
+  const bool tiles = level() == Level::amx || (level() == Level::vnni && !forced() && tiles_granted());
+  if (vbmi && tiles && codes_tiles() != nullptr) return codes_tiles();
   if (vbmi && level() >= Level::vnni) return &codes_vbmi();
   if (level() == Level::avx2) return &codes_madd();
 #endif

@@ -99,9 +99,16 @@ Level level() {
   return current()->level;
 }
 
+static bool picked = false;
+
+bool forced() {
+  static const char* const name = std::getenv("STREAMER_ISA");
+  return picked || (name != nullptr && find(name) != nullptr);
+}
+
 bool set_isa(const std::string& name) {
   const Choice* found = find(name);
-  if (found != nullptr) current() = found;
+  if (found != nullptr) current() = found, picked = true;
   return found != nullptr;
 }
 

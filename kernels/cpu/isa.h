@@ -17,6 +17,9 @@ const std::string& isa();
 
 Level level(); // of the one in use
 
+// Whether it was asked for by name, rather than chosen as the fastest for most products.
+bool forced();
+
 // Picks one of isas() by name; false when it is not among them.
 bool set_isa(const std::string& name);
 
