@@ -7,10 +7,9 @@
     effort.pays(pace.left(nbytes, since))  # whether to rehearse while it waits
     way = ways.choose(); ways.record(way, Seen(seconds, waited, layers))
 
-Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin as lookahead,
-which goes layer by layer until reads are seen to take longer than rehearsing a layer; another
-way is tried for a few passes when what its trial can lose is a small share of the time gone
-by, and only where the numbers leave it something to gain.
+Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer;
+another way is tried for a few passes when what its trial can lose is a small share of the time
+gone by, and only where the numbers leave it something to gain.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from typing import Literal
 Choice = Literal["auto", "layerwise", "lookahead", "rehearse"]
 EXECUTORS: tuple[Choice, ...] = ("layerwise", "lookahead", "rehearse", "auto")
 Way = Literal["layerwise", "lookahead", "guess", "rehearse"]  # guess: lookahead, and guessers
-WAYS: tuple[Way, ...] = ("lookahead", "layerwise", "guess", "rehearse")  # as they are tried
+WAYS: tuple[Way, ...] = ("layerwise", "lookahead", "guess", "rehearse")  # as they are tried
 
 GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
 DELAY = 0.7e-3  # seconds that they may hold up a demand
 FADING = 0.1  # weight of the newest sample
-FIRST = 12  # passes before any trial
+FIRST = 6  # passes before any trial
 TRIAL = 3  # passes of a trial; the first of them is not counted
 WINDOW = 16  # passes whose median is a way's cost
 # share of time that trials may lose; guessing differs little from looking ahead
