@@ -96,7 +96,7 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     p.add_argument(
         "--executor",
         choices=("auto", "layerwise", "lookahead", "rehearse"),
-        default="auto",
+        default="layerwise",
         help="stop at every layer for its experts; while it waits, run those behind it with what "
         "is resident, to learn what to read (lookahead); run all with what is resident first "
         "(rehearse); auto: what is measured to be faster",
