@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
@@ -11,9 +11,9 @@ import mlx.nn as nn
 import pytest
 from metal_harness import emulator
 from mlx_lm.models import gated_delta, qwen3_5, switch_layers
+from test_metal_kernels import emulated as emulated_launch
 
 from kernels import gpu
-from kernels.metal import launch
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="there is no C++ compiler")
 MLX = (mx.quantized_matmul, switch_layers.SwitchGLU.__call__, gated_delta.gated_delta_ops)
@@ -25,18 +25,9 @@ class Emulated:
     def __init__(self) -> None:
         self.launched: list[str] = []
 
-    def __call__(
-        self,
-        name: str,
-        inputs: Sequence[mx.array],
-        template: Sequence[tuple[str, Any]],
-        groups: tuple[int, int],
-        threads: int,
-        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-    ) -> list[mx.array]:
+    def __call__(self, name: str, *rest: Any) -> list[mx.array]:
         self.launched.append(name)
-        arguments = launch.arguments(inputs, template, groups, threads, outputs)
-        return emulator.run(launch.built(name), inputs, arguments)
+        return emulated_launch(name, *rest)
 
 
 class Small(nn.Module):

@@ -268,27 +268,14 @@ void run_rows(const Matrix& A, const float* packed, float* const* y, int begin, 
   for (; n < end; ++n) tile<bits, 1, M>(A, L, x, of_x, y, n);
 }
 
-template <int bits>
-void run_bits(
-    const Matrix& A, int M, const float* packed, float* const* y, int begin, int end) {
-  switch (M) {
-    case 1: return run_rows<bits, 1>(A, packed, y, begin, end);
-    case 2: return run_rows<bits, 2>(A, packed, y, begin, end);
-    case 3: return run_rows<bits, 3>(A, packed, y, begin, end);
-    case 4: return run_rows<bits, 4>(A, packed, y, begin, end);
-    case 5: return run_rows<bits, 5>(A, packed, y, begin, end);
-    case 6: return run_rows<bits, 6>(A, packed, y, begin, end);
-    case 7: return run_rows<bits, 7>(A, packed, y, begin, end);
-    case 8: return run_rows<bits, 8>(A, packed, y, begin, end);
-  }
-}
-
 void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_avx512().run(A, M, packed, scratch, y, begin, end);
-  if (A.bits == 4) return run_bits<4>(A, M, packed, y, begin, end);
-  run_bits<8>(A, M, packed, y, begin, end);
+  by_rows(M, [&](auto rows) {
+    A.bits == 4 ? run_rows<4, rows.value>(A, packed, y, begin, end)
+                : run_rows<8, rows.value>(A, packed, y, begin, end);
+  });
 }
 
 // Eight independent sums of bytes; three products of bytes make one of a weight.
