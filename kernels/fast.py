@@ -12,7 +12,7 @@ layers of mlx-lm's, in fewer operations, are put in with them: see `kernels.bloc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ _PLACES: tuple[tuple[Any, str], ...] = (
     (mx, "gather_qmm"),
     (mx, "dequantize"),
     (mx, "conv1d"),
+    (mx, "logsumexp"),
     (mx.fast, "rms_norm"),
     (mx.fast, "rope"),
     (mx.fast, "scaled_dot_product_attention"),
@@ -153,6 +154,16 @@ def conv1d(
     if depthwise and plain and x.shape[1] >= weight.shape[1] and float32(x, weight):
         return backend.native().depthwise_conv(x, weight)  # type: ignore[union-attr]
     return _mlx["conv1d"](x, weight, stride, padding, dilation, groups, **options)
+
+
+def logsumexp(
+    a: mx.array, /, axis: int | Sequence[int] | None = None, keepdims: bool = False, **options: Any
+) -> mx.array:
+    """Of a [..., n] over one axis; the kernel takes the last."""
+    last = a.ndim > 0 and (axis == -1 or axis == a.ndim - 1)
+    if last and a.size and not options and float32(a):
+        return backend.native().logsumexp(a, keepdims)  # type: ignore[union-attr]
+    return _mlx["logsumexp"](a, axis, keepdims, **options)
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
@@ -38,6 +39,31 @@ def test_rms_norm(n: int) -> None:
     assert close(fast.rms_norm(part, None, 1e-6), fast._mlx["rms_norm"](part, None, 1e-6))
     turned = x.swapaxes(0, 1)
     assert mx.array_equal(fast.rms_norm(turned, w, 1e-6).swapaxes(0, 1), fast.rms_norm(x, w, 1e-6))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("n", [1, 7, 16, 1000, 1024, 1025, 5000])
+def test_logsumexp(n: int) -> None:
+    x = normal(3, 2, n) * 5 - 40
+    want = np.logaddexp.reduce(np.array(x, dtype=np.float64), axis=-1)
+    got = fast.logsumexp(x, axis=-1)
+    assert np.abs(np.array(got) / want - 1).max() < 1e-7
+    assert mx.array_equal(fast.logsumexp(x, -1, True), got[..., None])
+    assert mx.array_equal(fast.logsumexp(x[1:2, 1], 1), got[1:2, 1])  # whatever the rows
+    assert mx.array_equal(fast.logsumexp(x.swapaxes(0, 1), axis=2), got.swapaxes(0, 1))
+    assert mx.array_equal(fast.logsumexp(x, (0, 2)), fast._mlx["logsumexp"](x, (0, 2)))
+    assert mx.array_equal(fast.logsumexp(x), fast._mlx["logsumexp"](x))
+
+
+@pytest.mark.smoke
+def test_logsumexp_of_what_is_no_number() -> None:
+    mask, inf, nan = -mx.inf, mx.inf, mx.nan
+    rows = [[mask, mask], [mask, 3], [3, inf], [inf, inf], [1, nan], [inf, nan], [-3e38, mask]]
+    x = mx.array(rows)
+    want = fast._mlx["logsumexp"](x, -1)
+    assert mx.array_equal(fast.logsumexp(x, -1), want, equal_nan=True)
+    wide = mx.concatenate([mx.full((7, 2000), mask), x], axis=-1)  # spans with nothing in them
+    assert mx.array_equal(fast.logsumexp(wide, -1), want, equal_nan=True)
 
 
 @pytest.mark.smoke

@@ -14,6 +14,7 @@
 #include "glue.h"
 #include "isa.h"
 #include "linear.h"
+#include "logits.h"
 #include "pool.h"
 #include "python.h"
 #include "step.h"
@@ -214,6 +215,14 @@ NB_MODULE(native, m) {
       "scale"_a = 1.0f,
       "stream"_a = nb::none(),
       "x * scale / sqrt(mean(x^2) + eps) * weight over the last axis.");
+  m.def(
+      "logsumexp",
+      &streamer::logsumexp,
+      "x"_a,
+      "keepdims"_a = false,
+      nb::kw_only(),
+      "stream"_a = nb::none(),
+      "log(sum(exp(x))) over the last axis.");
   m.def(
       "gated_delta",
       &streamer::gated_delta,
