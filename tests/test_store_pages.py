@@ -34,7 +34,7 @@ def test_direct_refused(files, call, monkeypatch):
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(StreamerError, match=r"shard-0.* refuses direct reads .*--io pread"):
         Store(files, backend="direct")
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 @linux
