@@ -183,7 +183,7 @@ def segments_of(
     entry: dict[str, Any],
     ending: Ending | None,
 ) -> list[Row]:
-    """Segments of these layers, each but the last ending with a choice to be read back.
+    """Segments of these layers, each but the last ending with a choice to be looked up.
 
     entry: what the first begins with.
     """

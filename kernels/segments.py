@@ -1,9 +1,11 @@
 """Qwen3.5's decoder layers in a row as one operation, and the states that it takes and gives.
 
 Where experts are paged a segment ends with what a router chose and the next begins with those
-experts, computed at once and not by MLX's graph, since the choice is read back anyway. Rows of a
-pass can be taken back where a `Tape` was given: keys and values are cut, and for the states of
-gated delta nets the pass leaves what they were made of. `kernels.plans` makes segments of a model.
+experts. A chain of them runs at once and not by MLX's graph, and looks the experts' slots up
+itself: it comes back where one is absent, with the choice, and goes on when its read has begun.
+Rows of a pass can be taken back where a `Tape` was given: keys and values are cut, and for the
+states of gated delta nets the pass leaves what they were made of. `kernels.plans` makes segments
+of a model.
 
     python -m pytest tests/test_kernels_segments.py
 """
@@ -22,6 +24,7 @@ from mlx_lm.models.cache import KVCache
 from . import backend
 
 Arrivals = Sequence[tuple[Sequence[int], Any]]  # pairs of row and choice, the ticket of their reads
+States = tuple[list[mx.array], int, list[bool]]  # tokens in the caches, what may be written over
 Seen = Callable[[mx.array, mx.array], None]  # x before the last norm and after it
 
 
@@ -30,8 +33,17 @@ class Pager(Protocol):
 
     switch: nn.Module  # mlx-lm's, over slots
 
+    def slots(self) -> np.ndarray | None:
+        """Int32 [experts], -1 where one is absent: as they are until anything else is asked of it.
+
+        None where it wants to be asked for every choice.
+        """
+
+    def found(self, ids: mx.array) -> None:
+        """Experts [1, T, k] were chosen, and used: all had slots."""
+
     def fetch(self, ids: mx.array, x: mx.array) -> tuple[mx.array, Arrivals]:
-        """For experts [1, 1, k] of the router's x, evaluated: slots, int32, those being read."""
+        """For experts [1, T, k] of the router's x, evaluated: slots, int32, those being read."""
 
     def arrived(self, waited: float) -> None:
         """What was fetched has been used; seconds waited for it. Raises where a read failed."""
@@ -89,7 +101,7 @@ class Row:
 
         seen: is told of hidden states, which the op then gives behind the logits.
         """
-        self._op, self._layers, self.pager, self._seen = op, layers, pager, seen
+        self.op, self._layers, self.pager, self._seen = op, layers, pager, seen
         nets = {i: modules[i]["linear_attn"] for i, linear in layers if linear}
         self._shapes = {
             i: (
@@ -103,27 +115,15 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        return self._op.kept
+        return self.op.kept
 
     def __call__(
         self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
     ) -> list[mx.array]:
         """What the op gives before tape and states, lazily; the caches hold the new states."""
-        states = self._states(inputs[0].shape, cache)
-        out = self._op(inputs, *states, tape is not None)
-        return self._taken(out, states, inputs[0].shape[1], cache, tape)
-
-    def now(
-        self,
-        inputs: list[mx.array],
-        cache: Sequence[Any],
-        arrivals: Arrivals,
-        tape: Tape | None = None,
-    ) -> tuple[list[mx.array], float]:
-        """The same, evaluated, and the seconds it waited for reads."""
-        states = self._states(inputs[0].shape, cache)
-        out, waited = self._op.now(inputs, *states, tape is not None, arrivals)
-        return self._taken(out, states, inputs[0].shape[1], cache, tape), waited
+        states = self.states(inputs[0].shape, cache)
+        out = self.op(inputs, *states, tape is not None)
+        return self.taken(out, states, inputs[0].shape[1], cache, tape)
 
     def soon(
         self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
@@ -134,19 +134,18 @@ class Row:
         """
         native = backend.native()
         assert native is not None
-        if native.there(inputs):
-            return self.now(inputs, cache, (), tape)[0]
-        return self(inputs, cache, tape)
+        if not native.there(inputs):
+            return self(inputs, cache, tape)
+        states = self.states(inputs[0].shape, cache)
+        out = self.op.now(inputs, *states, tape is not None)
+        return self.taken(out, states, inputs[0].shape[1], cache, tape)
 
-    def peek(self, inputs: list[mx.array], cache: Sequence[Any]) -> list[mx.array]:
+    def peek(self, inputs: list[mx.array], states: States) -> list[mx.array]:
         """What the op gives before the states, evaluated; the caches hold what they held."""
-        states = self._states(inputs[0].shape, cache)
-        out, _ = self._op.now(inputs, *states)
+        out = self.op.now(inputs, *states)
         return out[: len(out) - len(states[0])]  # type: ignore[no-any-return]
 
-    def _states(
-        self, shape: Sequence[int], cache: Sequence[Any]
-    ) -> tuple[list[mx.array], int, list[bool]]:
+    def states(self, shape: Sequence[int], cache: Sequence[Any]) -> States:
         """What the caches hold, tokens in them, and which may be written where they lie."""
         batch, rows = shape[0], shape[1]
         states: list[mx.array] = []
@@ -168,10 +167,10 @@ class Row:
                 fresh += (goes_on, goes_on)
         return states, offset, fresh
 
-    def _taken(
+    def taken(
         self,
         out: list[mx.array],
-        given: tuple[list[mx.array], int, Any],
+        given: States,
         rows: int,
         cache: Sequence[Any],
         tape: Tape | None,
@@ -208,7 +207,7 @@ class Row:
 
         states, tape: of the gated delta nets before it, and what it left.
         """
-        moved = iter(() if tape is None else self._op.rewind(states, tape, rows, kept))
+        moved = iter(() if tape is None else self.op.rewind(states, tape, rows, kept))
         for i, linear in self._layers:
             one = cache[i]
             if linear:
@@ -223,51 +222,67 @@ class Row:
 
 
 class Pages:
-    """Segments with a read-back after each but the last."""
+    """Segments of which each but the last ends with a choice of experts that are paged."""
 
     def __init__(self, rows: list[Row]):
         self._rows = rows
+        self._ops = [row.op for row in rows]
+        self._pagers = [row.pager for row in rows if row.pager is not None]
 
     def takes(self, choices: int) -> bool:
         """Whether a pass with so many choices of experts in a layer can be run."""
-        return all(row.pager is None or row.pager.takes(choices) for row in self._rows)
+        return all(pager.takes(choices) for pager in self._pagers)
 
     def __call__(
         self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
     ) -> list[mx.array]:
-        """As `Row`'s, but evaluated."""
+        """As `Row`'s, but evaluated. The caches hold what they held if it raises."""
+        native = backend.native()
+        assert native is not None
+        shape = inputs[0].shape
+        states = [row.states(shape, cache) for row in self._rows]
+        gave: list[list[mx.array]] = []
         arrivals: Arrivals = ()
-        before: Pager | None = None
         rehearsed: tuple[int, list[mx.array]] = (0, [])
-        for at, row in enumerate(self._rows, 1):
-            out, waited = row.now(inputs, cache, arrivals, tape)
-            if before is not None:
-                before.arrived(waited)
-            before = row.pager
-            if before is not None:
-                stream, normed, ids, scores, opening = out
-                slots, arrivals = before.fetch(ids, normed)
-                inputs = [stream, normed, slots, scores, opening]
-                if arrivals and max(at, rehearsed[0]) + 1 < len(self._rows) and before.idle():
-                    if rehearsed[0] <= at:
-                        rehearsed = at, _without(inputs, arrivals)
-                    rehearsed = self._rehearse(before, *rehearsed, cache)
-        return out
+        while True:
+            at = len(gave)
+            slots = [pager.slots() for pager in self._pagers[at:]]
+            now, waited = native.go_on(
+                self._ops[at:], states[at:], inputs, slots, tape is not None, arrivals
+            )
+            if at:
+                self._pagers[at - 1].arrived(waited)
+            for pager, out in zip(self._pagers[at:], now[:-1], strict=False):
+                pager.found(out[2])
+            gave += now
+            at = len(gave)
+            if at == len(self._rows):
+                break
+            waiting = self._pagers[at - 1]
+            stream, normed, ids, scores, opening = now[-1][:5]
+            found, arrivals = waiting.fetch(ids, normed)
+            inputs = [stream, normed, found, scores, opening]
+            if arrivals and max(at, rehearsed[0]) + 1 < len(self._rows) and waiting.idle():
+                if rehearsed[0] <= at:
+                    rehearsed = at, _without(inputs, arrivals)
+                rehearsed = self._rehearse(waiting, *rehearsed, states)
+        for row, out, given in zip(self._rows, gave, states, strict=True):
+            last = row.taken(out, given, shape[1], cache, tape)
+        return last
 
     soon = __call__
 
     def _rehearse(
-        self, waiting: Pager, at: int, inputs: list[mx.array], cache: Sequence[Any]
+        self, waiting: Pager, at: int, inputs: list[mx.array], states: list[States]
     ) -> tuple[int, list[mx.array]]:
         """Run segments from `at` on with the experts at hand, for as long as `waiting` does.
 
         Returns the first that was not run, and what it would take.
         """
         while at + 1 < len(self._rows):
-            row = self._rows[at]
-            stream, normed, ids, scores, opening = row.peek(inputs, cache)
-            assert row.pager is not None
-            inputs, at = [stream, normed, row.pager.guess(ids), scores, opening], at + 1
+            stream, normed, ids, scores, opening = self._rows[at].peek(inputs, states[at])
+            slots = self._pagers[at].guess(ids)
+            inputs, at = [stream, normed, slots, scores, opening], at + 1
             if not waiting.goes_on():
                 break
         return at, inputs

@@ -43,6 +43,21 @@ class Fetching:
         self.rows: set[int] = set()  # for passes over so many such calls are made
         self.effort: Effort | None = None  # where such calls look ahead
 
+    def slots(self, layer: int) -> np.ndarray | None:
+        """The pool's table of a layer, int32 [n], -1 for absent experts; None where something
+        read ahead or guessed is to be told of every choice before the next."""
+        run = self._run
+        if run.ahead.held or (run.foresight is not None and run.foresight.listens):
+            return None
+        return run.pool.slot_of[layer]
+
+    def found(self, layer: int, ids: np.ndarray) -> None:
+        """Experts ids [..., k] of `slots` were chosen and used; nothing was asked for since."""
+        run = self._run
+        run.settle()
+        self.rows.add(ids.size // ids.shape[-1])
+        run.confirmed(layer, ids, sorted(set(ids.reshape(-1).tolist())))
+
     def fetch(
         self, layer: int, ids: np.ndarray, x: mx.array | None = None
     ) -> tuple[np.ndarray, Parts]:

@@ -89,6 +89,11 @@ class Foresight:
         self._named.clear()
         self._read.clear()
 
+    @property
+    def listens(self) -> bool:
+        """Whether `chose` matters for calls that miss nothing."""
+        return self._learning or bool(self._named)
+
     def _clock(self) -> None:
         """How busy the disk was since the pass before."""
         now, nbytes = time.perf_counter(), self._run.bytes_read

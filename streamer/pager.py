@@ -23,6 +23,17 @@ class Pager:
         self._run, self._layer, self.switch = run, layer, switch
         self._calls = run.fetching
 
+    def slots(self) -> np.ndarray | None:
+        """Of the layer's experts, int32 [n], -1 where one is absent: the pool's own table.
+
+        None where every choice is to be fetched, as reads ahead of need depend on it.
+        """
+        return self._calls.slots(self._layer)
+
+    def found(self, ids: mx.array) -> None:
+        """Experts [..., k] were chosen, and used: all had slots."""
+        self._calls.found(self._layer, np.array(ids))
+
     def fetch(
         self, ids: mx.array, x: mx.array | None = None
     ) -> tuple[mx.array, list[tuple[list[int], Any]]]:

@@ -210,20 +210,20 @@ def test_tapes_that_do_not_fit_are_refused(model: Any) -> None:
     plan = plans._plan(text(model), cache)
     assert plan is not None
     row: Any = plan.runs[0]
-    states, offset, fresh = row._states((1, 2), cache)
-    out = row._op(inputs := [mx.array([[3, 4]])], states, offset, fresh, True)
+    states, offset, fresh = row.states((1, 2), cache)
+    out = row.op(inputs := [mx.array([[3, 4]])], states, offset, fresh, True)
     tape, before = out[1], [s for i, s in enumerate(states) if s.ndim == 3 or not fresh[i]]
     linear = [s for j, (_, is_linear) in enumerate(row._layers) if is_linear
               for s in states[2 * j : 2 * j + 2]]  # fmt: skip
-    assert len(before) and row._op.rewind(linear, tape, 2, 1)
+    assert len(before) and row.op.rewind(linear, tape, 2, 1)
     with pytest.raises(ValueError, match="cannot be kept"):
-        row._op.rewind(linear, tape, 2, 3)
+        row.op.rewind(linear, tape, 2, 3)
     with pytest.raises(ValueError, match="not this tape"):
-        row._op.rewind(linear, tape, 3, 1)
+        row.op.rewind(linear, tape, 3, 1)
     with pytest.raises(ValueError, match="states are missing"):
-        row._op.rewind(linear[1:], tape, 2, 1)
+        row.op.rewind(linear[1:], tape, 2, 1)
     with pytest.raises(ValueError, match="one sequence"):
-        row._op([mx.array([[3], [4]])], states, offset, fresh, True)
+        row.op([mx.array([[3], [4]])], states, offset, fresh, True)
     assert inputs
 
 
@@ -345,7 +345,7 @@ def test_rows_of_an_embedding(model: Any, dtype: mx.Dtype) -> None:
     want = mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), 32, 5)
     tokens = mx.array([[7, 0, 49]], dtype=mx.uint32)
     assert mx.array_equal(op([tokens], [], 0, [])[0], want[tokens])
-    assert mx.array_equal(op.now([tokens], [], 0, [])[0][0], want[tokens])
+    assert mx.array_equal(op.now([tokens], [], 0, [])[0], want[tokens])
 
 
 def test_what_does_not_fit_is_refused(model: Any) -> None:
@@ -354,9 +354,9 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
     assert plan is not None
     row: Any = plan.runs[0]
     with pytest.raises(ValueError, match="tokens"):
-        row._op([mx.zeros((1, 1))], [], 0, [])
+        row.op([mx.zeros((1, 1))], [], 0, [])
     with pytest.raises(ValueError, match="states are missing"):
-        row._op([mx.zeros((1, 1), dtype=mx.int32)], [], 0, [])
+        row.op([mx.zeros((1, 1), dtype=mx.int32)], [], 0, [])
     native = backend.native()
     assert native is not None
     parts = plans.parts_of_layer(text(model).model.layers[0], ArraysCache)

@@ -1,13 +1,10 @@
 // kernels.native: layers of models, and whether what was made of them still holds.
-#include <chrono>
-
 #include "attention_layer.h"
 #include "choose.h"
 #include "layers.h"
 #include "moe.h"
 #include "python.h"
 #include "segment.h"
-#include "ticket.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -126,8 +123,6 @@ streamer::Entry entry_of(int width, const Group& embedding, const std::optional<
   }
   return {width, {streamer::weight_of(weights[0]), group, bits}, joined};
 }
-
-using ArrivalOf = std::tuple<std::vector<int>, const streamer::Ticket*>;
 
 } // namespace
 
@@ -284,31 +279,12 @@ void bind_layers(nb::module_& m) {
       .def(
           "now",
           [](const streamer::SegmentOp& self, std::vector<mx::array> inputs,
-             std::vector<mx::array> states, int offset, std::vector<bool> fresh, bool taped,
-             const std::vector<ArrivalOf>& arrivals) {
-            // Waited for by the pairs that need them, in the order given.
-            double waited = 0;
-            std::vector<streamer::Arrival> waits;
-            for (const auto& [pairs, ticket] : arrivals) {
-              waits.push_back({pairs, [wait = ticket->waiting(), &waited] {
-                                 const auto began = std::chrono::steady_clock::now();
-                                 wait();
-                                 const std::chrono::duration<double> took =
-                                     std::chrono::steady_clock::now() - began;
-                                 waited += took.count();
-                               }});
-            }
+             std::vector<mx::array> states, int offset, std::vector<bool> fresh, bool taped) {
             const Call call{std::move(inputs), std::move(states), offset, std::move(fresh), taped};
-            std::vector<mx::array> out;
-            {
-              nb::gil_scoped_release free;
-              out = self.now(call, waits);
-            }
-            return std::make_pair(std::move(out), waited);
+            nb::gil_scoped_release free;
+            return self.now(call, {});
           },
-          "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "taped"_a = false,
-          "arrivals"_a = std::vector<ArrivalOf>(),
-          "At once; arrivals: (pairs, ticket) of experts still being read. And the seconds waited.")
+          "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "taped"_a = false, "At once.")
       .def(
           "rewind", &streamer::SegmentOp::rewind, "states"_a, "tape"_a, "rows"_a, "kept"_a,
           "At once: states of the gated delta nets after the first `kept` of a taped call's rows.");

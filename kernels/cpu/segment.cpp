@@ -28,6 +28,9 @@ class SegmentOp::Impl {
   bool kept() const {
     return kept_;
   }
+  bool routes() const {
+    return s_.router.has_value();
+  }
   // Checks what is given and says what comes of it.
   Made made(const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const;
   void run(
@@ -325,6 +328,10 @@ SegmentOp::~SegmentOp() = default;
 
 bool SegmentOp::kept() const {
   return impl_->kept();
+}
+
+bool SegmentOp::routes() const {
+  return impl_->routes();
 }
 
 Arrays SegmentOp::operator()(Call call, mx::StreamOrDevice stream) const {

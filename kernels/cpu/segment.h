@@ -42,6 +42,7 @@ class SegmentOp {
   ~SegmentOp();
 
   bool kept() const;
+  bool routes() const; // it ends with a router's choice
 
   // inputs: those of an entry, else x [B, T, D]; with chosen experts then those of a router's
   // outputs, slots in place of ids. Gives logits [B, T, V] with a head, and if hidden x and norm(x),

@@ -1,0 +1,80 @@
+// kernels.native: segments one after another, without Python in between.
+#include <nanobind/ndarray.h>
+
+#include <chrono>
+
+#include "chain.h"
+#include "python.h"
+#include "ticket.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mx = mlx::core;
+
+namespace {
+
+using streamer::SegmentOp;
+using streamer::Ticket;
+using StatesOf = std::tuple<std::vector<mx::array>, int, std::vector<bool>>;
+using Slots = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ArrivalOf = std::tuple<std::vector<int>, const Ticket*>;
+
+// Waited for by the pairs that need them, in the order given; the seconds are added to `waited`.
+std::vector<streamer::Arrival> waits_of(const std::vector<ArrivalOf>& arrivals, double& waited) {
+  std::vector<streamer::Arrival> waits;
+  for (const auto& [pairs, ticket] : arrivals) {
+    waits.push_back({pairs, [wait = ticket->waiting(), &waited] {
+                       const auto began = std::chrono::steady_clock::now();
+                       wait();
+                       const std::chrono::duration<double> took =
+                           std::chrono::steady_clock::now() - began;
+                       waited += took.count();
+                     }});
+  }
+  return waits;
+}
+
+} // namespace
+
+void bind_chain(nb::module_& m) {
+  m.def(
+      "go_on",
+      [](const std::vector<const SegmentOp*>& ops, std::vector<StatesOf> states,
+         std::vector<mx::array> inputs, const std::vector<std::optional<Slots>>& slots, bool taped,
+         const std::vector<ArrivalOf>& arrivals) {
+        if (states.size() != ops.size() || slots.size() + 1 < ops.size()) {
+          throw std::invalid_argument("go_on: states and slots don't fit the segments");
+        }
+        std::vector<streamer::Turn> turns;
+        for (size_t i = 0; i < ops.size(); ++i) {
+          auto& [arrays, offset, fresh] = states[i];
+          streamer::Turn turn{
+              ops[i], {{}, std::move(arrays), offset, std::move(fresh), taped}, nullptr, 0};
+          if (i < slots.size() && slots[i]) {
+            turn.slots = slots[i]->data();
+            turn.experts = static_cast<int>(slots[i]->shape(0));
+          }
+          turns.push_back(std::move(turn));
+        }
+        double waited = 0;
+        const auto waits = waits_of(arrivals, waited);
+        const auto came = [&arrivals] {
+          for (const auto& [pairs, ticket] : arrivals) {
+            if (ticket->batch->state != streamer::reading_fine) return false;
+          }
+          return true;
+        };
+        std::vector<std::vector<mx::array>> gave;
+        {
+          nb::gil_scoped_release free;
+          gave = streamer::go_on(std::move(turns), std::move(inputs), waits, came);
+        }
+        return std::make_pair(std::move(gave), waited);
+      },
+      "ops"_a, "states"_a, "inputs"_a, "slots"_a, "taped"_a = false,
+      "arrivals"_a = std::vector<ArrivalOf>(),
+      "Segments in a row, at once, up to the first whose router chose an absent expert. states: the "
+      "states, offset and fresh of each; slots: for each but the last int32 [experts], -1 where one "
+      "is absent, None to stop there; arrivals: (pairs, ticket) of the first one's experts that are "
+      "still being read. What each that ran gave, and the seconds waited.");
+}

@@ -1,0 +1,257 @@
+"""A pass that goes on until a layer misses gives and does what one asked at each layer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from families import make_tiny
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_tokenizer
+
+from cache.make import make_cache
+from kernels import backend, plans
+from mtp.rollback import Tape
+from streamer.disk import Disk
+from streamer.engine import generate
+from streamer.errors import StreamerError
+from streamer.fetching import Fetching
+from streamer.loading import expert_count, load_streamed
+from streamer.residency import Residency
+from streamer.run import DEMO
+
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+ROWS = [1, 3, 2, 1, 4, 1, 1, 2]  # of passes, of which the first half is kept
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(
+        "qwen3_5_moe",
+        tmp_path_factory.mktemp("tiny") / "model",
+        quantization={"bits": 4, "group_size": 32},
+    )
+
+
+class Notes:
+    """What a model was told and did: choices, and (layer, expert) in the order of eviction."""
+
+    def __init__(self, model: Any):
+        self.choices: list[tuple[int, list[int], list[int]]] = []
+        self.evicted: list[tuple[int, int]] = []
+        model.streamer.watch = self
+        for run in model.streamer.executors:
+            run.pool.evict = self._noted(run.pool.evict)
+
+    def _noted(self, evict: Any) -> Any:
+        def evicted(layer: int, expert: int) -> None:
+            self.evicted.append((layer, expert))
+            evict(layer, expert)
+
+        return evicted
+
+    def step(self, kind: str, rows: int, seconds: float) -> None:
+        pass
+
+    def chose(self, layer: int, ids: np.ndarray, missed: Any) -> None:
+        self.choices.append((layer, ids.reshape(-1).tolist(), list(missed)))
+
+
+def ask_at_each(model: Any) -> None:
+    """The reference: no pass goes on by itself."""
+    for run in model.streamer.executors:
+        run.fetching.slots = lambda layer: None
+
+
+def passes(model: Any, cache: Any, rows: list[int], taped: bool) -> list[mx.array]:
+    """Logits of the rows kept; with a tape half of them are taken back."""
+    out, at = [model(mx.array([PROMPT]), cache=cache)], 0
+    tokens = np.random.default_rng(5).integers(0, 12, sum(rows))  # some come again
+    for n in rows:
+        block = mx.array(tokens[at : at + n][None])
+        kept = (n + 1) // 2 if taped else n
+        if taped:
+            with Tape(model, cache, block) as tape:
+                out.append(model(block, cache=cache)[:, :kept])
+            mx.eval(out)
+            tape.rollback(kept)
+        else:
+            out.append(model(block, cache=cache))
+            mx.eval(out)
+        at += n
+    return out
+
+
+def same(ours: list[mx.array], theirs: list[mx.array]) -> bool:
+    return all(bool(mx.array_equal(a, b)) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize("slots", [12, 24, 40, 60])
+def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
+    tiny: Path, slots: int, taped: bool
+) -> None:
+    ours, own = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
+    ask_at_each(own)
+    notes, own_notes = Notes(ours), Notes(own)
+    rows = ROWS * 3 if taped else [1] * 24
+    got = passes(ours, make_prompt_cache(ours), rows, taped)
+    assert same(got, passes(own, make_prompt_cache(own), rows, taped))
+    assert notes.choices == own_notes.choices and notes.evicted == own_notes.evicted
+    mine, theirs = ours.streamer.counters, own.streamer.counters
+    for name in ("hits", "misses", "bytes_wanted", "waits"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    assert mine.misses and (mine.syncs < theirs.syncs or slots < 40)  # where all layers miss
+    for run, other in zip(ours.streamer.executors, own.streamer.executors, strict=True):
+        assert np.array_equal(run.pool._heat, other.pool._heat)  # type: ignore[attr-defined]
+        assert same([mx.array(u) for u in run.uses], [mx.array(u) for u in other.uses])
+        assert run.fetching.rows == other.fetching.rows
+    ours.streamer.close()
+    own.streamer.close()
+
+
+def test_a_pass_stops_only_where_a_layer_misses(tiny: Path) -> None:
+    model = load_streamed(tiny, slots=24)
+    cache, counters = make_prompt_cache(model), model.streamer.counters
+    model(mx.array([PROMPT]), cache=cache)
+    for token in range(5, 25):
+        before = counters.syncs - counters.waits
+        mx.eval(model(mx.array([[token]]), cache=cache))
+        assert counters.syncs - counters.waits == before
+    assert counters.waits
+    model.streamer.close()
+
+
+def test_layers_between_chains_have_the_same_bits(tiny: Path) -> None:
+    ours, own = load_streamed(tiny, slots=24), load_streamed(tiny, slots=24)
+    ask_at_each(own)
+    got = [passes(m, make_cache(m, 4, 4), ROWS, False) for m in (ours, own)]
+    assert same(*got)
+    assert ours.streamer.counters.misses == own.streamer.counters.misses
+    ours.streamer.close()
+    own.streamer.close()
+
+
+@pytest.mark.parametrize("slots", [12, 24, 50])
+@pytest.mark.parametrize("executor", ["layerwise", "lookahead", "auto"])
+def test_no_slot_is_used_that_is_being_refilled(
+    tiny: Path, slots: int, executor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Residency.load
+
+    def spoil(self: Residency, layer: int, experts: Any, slots: Any, guess: Any = None) -> Any:
+        for slot in slots:  # no number, until the read has come
+            for view in self.arrays._bytes:
+                view[slot] = 0xFF
+        return load(self, layer, experts, slots, guess)
+
+    whole = load_streamed(tiny)
+    want = passes(whole, make_prompt_cache(whole), ROWS * 2, False)
+    monkeypatch.setattr(Residency, "load", spoil)
+    disk = Disk.parse("40MB/s@1ms")
+    model = load_streamed(tiny, slots=slots, executor=executor, disk=disk)
+    assert same(passes(model, make_prompt_cache(model), ROWS * 2, False), want)
+    assert model.streamer.counters.misses
+    model.streamer.close()
+    whole.streamer.close()
+
+
+def test_guesses_are_told_of_every_choice(tiny: Path) -> None:
+    model = load_streamed(tiny, slots=24, executor="lookahead")
+    run = model.streamer.executors[0]
+    mx.eval(model(mx.array([[7]]), cache=make_prompt_cache(model)))
+    assert run.fetching.slots(1) is run.pool.slot_of[1]
+
+    def absent() -> list[int]:
+        return [int(np.flatnonzero(run.pool.slot_of[1] < 0)[0])]
+
+    run.prefetch(1, absent(), deadline=1, room=1)
+    assert run.fetching.slots(1) is None
+    run.ahead.drop(wait=True)
+    assert run.fetching.slots(1) is run.pool.slot_of[1]
+    assert run.foresight is not None
+    run.foresight.begin(np.array([7]), guess=False, rehearse=True)
+    run.foresight.rehearse(1, ([], absent()), 2, None)
+    assert run.fetching.slots(0) is None
+    run.foresight.end()
+    run.ahead.drop(wait=True)
+    assert run.fetching.slots(0) is run.pool.slot_of[0]
+    model.streamer.close()
+
+
+def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, own = load_streamed(tiny, slots=24), load_streamed(tiny, slots=24)
+    cache, other = make_prompt_cache(ours), make_prompt_cache(own)
+    for model, held in ((ours, cache), (own, other)):
+        model(mx.array([PROMPT]), cache=held)
+        mx.eval([c.state for c in held])
+    native: Any = backend.native()
+    ran: list[int] = []
+    go_on = native.go_on
+
+    def counted(*args: Any) -> Any:
+        gave = go_on(*args)
+        ran.append(len(gave[0]))
+        return gave
+
+    fetch = Fetching.fetch
+
+    def cancelled(self: Fetching, *args: Any) -> Any:
+        slots, waiting = fetch(self, *args)
+        if waiting:
+            failed.append(len(ran))
+            self._run._store._engine.stop()  # type: ignore[attr-defined]
+        return slots, waiting
+
+    failed: list[int] = []
+    monkeypatch.setattr(native, "go_on", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fetching, "fetch", cancelled)
+        with pytest.raises(StreamerError, match="closed"):
+            for token in range(5, 25):
+                mx.eval(ours(mx.array([[token]]), cache=cache))
+                mx.eval(own(mx.array([[token]]), cache=other))
+    assert failed and len(ran) > failed[0] and ran[-1] == 1
+    # the caches are those of before the pass
+    assert [c.offset for c in cache if hasattr(c, "offset")] == [
+        c.offset for c in other if hasattr(c, "offset")
+    ]
+    own.streamer.close()
+
+
+def test_what_does_not_fit_a_chain_is_refused(tiny: Path) -> None:
+    model = load_streamed(tiny, slots=24)
+    native: Any = backend.native()
+    plan: Any = plans._plan(model.language_model, make_prompt_cache(model))
+    row = plan.runs[0]._rows[0]
+    states = row.states((1, 1), make_prompt_cache(model))
+    tokens = [mx.array([[7]])]
+    with pytest.raises(ValueError, match="must be a segment"):
+        native.go_on([], [], tokens, [])
+    with pytest.raises(ValueError, match="don't fit the segments"):
+        native.go_on([row.op], [], tokens, [])
+    with pytest.raises(ValueError, match="don't fit the segments"):
+        native.go_on([row.op, row.op], [states, states], tokens, [])
+    gave, waited = native.go_on([row.op], [states], tokens, [])
+    assert len(gave) == 1 and not waited
+    model.streamer.close()
+
+
+def test_at_three_quarters_a_pass_stops_less_than_three_times() -> None:
+    """DESIGN section 4's bar, of 8 layers, by the embedded demo."""
+    model: Any = load_streamed(DEMO, slots=expert_count(DEMO) * 3 // 4, dtype="auto")
+    prompt = load_tokenizer(DEMO).encode("import os\nimport sys\n\n\ndef main(argv=None):\n    ")
+    counters = model.streamer.counters
+    for _ in range(2):  # the first fills the pool
+        cache, before = make_prompt_cache(model), counters.syncs
+        assert len(list(generate(model, prompt, cache, max_tokens=64))) == 64
+    assert 0 < counters.syncs - before < 3 * 64
+    model.streamer.close()
