@@ -257,22 +257,10 @@ def _write(
             say(f"carried {len(head)} tensors of the MTP head over into {HEAD}, unchanged")
 
 
-def _computed(shard: Sequence[Spec], parameters: dict[str, Recipe]) -> Iterator[Any]:
+def _computed(shard: Sequence[Spec], parameters: dict[str, Recipe]) -> Iterator[memoryview]:
     """The bytes of a shard's tensors in order; each tensor leaves `parameters`."""
     for spec in shard:
-        try:
-            for piece in parameters.pop(spec.name).take():
-                if piece.size == 0:
-                    continue
-                # bytes, as NumPy lacks bfloat16
-                flat: Any = mx.contiguous(piece).reshape(-1).view(mx.uint8)
-                del piece
-                mx.eval(flat)
-                yield memoryview(flat)
-                del flat
-        except (RuntimeError, ValueError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{spec.name} cannot be computed: {text}") from error
+        yield from parameters.pop(spec.name).bytes_of(spec.name)
 
 
 def _stored(tensors: Sequence[Tensor]) -> Iterator[bytes]:

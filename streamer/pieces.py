@@ -100,6 +100,21 @@ class Recipe(NamedTuple):
         while self.parts:
             yield self.parts.pop(0)()
 
+    def bytes_of(self, name: str) -> Iterator[memoryview]:
+        """Of the pieces in order, as files hold them. Raises CheckpointError naming `name`."""
+        try:
+            for piece in self.take():
+                if piece.size == 0:
+                    continue
+                flat: Any = mx.contiguous(piece).reshape(-1).view(mx.uint8)  # NumPy has no bfloat16
+                del piece
+                mx.eval(flat)
+                yield memoryview(flat)
+                del flat
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{name} cannot be computed: {text}") from error
+
 
 def recipe(array: mx.array) -> Recipe:
     """One piece where nothing is known of the array's making.

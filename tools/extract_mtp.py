@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -209,7 +208,7 @@ def _write(side: Path, specs: list[Spec], recipes: dict[str, Recipe]) -> None:
             file.write(header(specs))
             done = 0
             for spec in specs:
-                for data in _computed(recipes.pop(spec.name), spec.name):
+                for data in recipes.pop(spec.name).bytes_of(spec.name):
                     file.write(data)
                     done += len(data)
                     update(done, total, "MB")
@@ -220,20 +219,6 @@ def _write(side: Path, specs: list[Spec], recipes: dict[str, Recipe]) -> None:
         raise CheckpointError(f"{side} cannot be written: {error.strerror}") from error
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _computed(tensor: Recipe, name: str) -> Iterator[memoryview]:
-    try:
-        for piece in tensor.take():
-            # bytes, as NumPy lacks bfloat16
-            flat: Any = mx.contiguous(piece).reshape(-1).view(mx.uint8)
-            del piece
-            mx.eval(flat)
-            yield memoryview(flat)
-            del flat
-    except (RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name} cannot be computed: {text}") from error
 
 
 if __name__ == "__main__":
