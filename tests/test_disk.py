@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def seconds(store: Store, count: int, nbytes: int, alone: bool) -> float:
     return time.perf_counter() - began
 
 
+def least(measure: Callable[[], float], enough: float) -> float:
+    """The least of three turns, or of twenty on a machine so busy that none came to `enough`."""
+    found: list[float] = []
+    while len(found) < 3 or (len(found) < 20 and min(found) > enough):
+        found.append(measure())
+    return min(found)
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("rate", [0.2e9, 1.5e9])
 def test_bandwidth_is_within_a_twentieth(file: Path, threads: int, rate: float) -> None:
@@ -52,17 +61,17 @@ def test_bandwidth_is_within_a_twentieth(file: Path, threads: int, rate: float) 
     with Store([file], threads=threads, disk=Disk(rate)) as store:
         count = int(0.15 * rate) >> 20
         ideal = (count << 20) / rate
-        ratios = [seconds(store, count, 1 << 20, False) / ideal for _ in range(5)]
-    assert min(ratios) == pytest.approx(1, abs=0.05)
+        best = least(lambda: seconds(store, count, 1 << 20, False), 1.05 * ideal)
+    assert best / ideal == pytest.approx(1, abs=0.05)
 
 
 def test_latency_is_paid_alone_and_shared_together(file: Path) -> None:
     with Store([file], disk=Disk(1e9, 5e-3)) as store:
         each = 5e-3 + (64 << 10) / 1e9
-        assert min(seconds(store, 8, 64 << 10, True) for _ in range(3)) / 8 == pytest.approx(
-            each, rel=0.15
-        )
-        assert min(seconds(store, 8, 64 << 10, False) for _ in range(3)) < 0.6 * 8 * each
+        alone = least(lambda: seconds(store, 8, 64 << 10, True), 1.1 * 8 * each)
+        assert alone / 8 == pytest.approx(each, rel=0.15)
+        together = 0.6 * 8 * each
+        assert least(lambda: seconds(store, 8, 64 << 10, False), together) < together
 
 
 def test_senseless_disks() -> None:

@@ -181,14 +181,19 @@ def test_a_slow_disk_is_measured_as_slow(large, monkeypatch):
             super().__init__(files, disk=Disk(2e7), **options)
 
     monkeypatch.setattr(probe, "Store", Slow)
-    began = time.perf_counter()
-    found = measure(large, 100_000, "pread")
-    assert found.bandwidth == pytest.approx(2e7, rel=0.2)
-    assert found.latency == pytest.approx(0.005, rel=0.3)
-    assert time.perf_counter() - began < 0.5
+    bandwidths, latencies, took = [], [], []
+    for _ in range(3):  # a busy machine makes a disk slower, never faster
+        began = time.perf_counter()
+        found = measure(large, 100_000, "pread")
+        took.append(time.perf_counter() - began)
+        bandwidths.append(found.bandwidth)
+        latencies.append(found.latency)
+    assert max(bandwidths) == pytest.approx(2e7, rel=0.2)
+    assert min(latencies) == pytest.approx(0.005, rel=0.3)
+    assert min(took) < 0.5
     # An expert larger than what is read of it takes as much longer.
-    found = measure(large, 8 * MB, "pread", limit_bytes=MB)
-    assert found.latency == pytest.approx(8 * MB / 2e7, rel=0.2)
+    latencies = [measure(large, 8 * MB, "pread", limit_bytes=MB).latency for _ in range(3)]
+    assert min(latencies) == pytest.approx(8 * MB / 2e7, rel=0.2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/io")

@@ -22,11 +22,11 @@ python_reads = stores.python_reads
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_close_while_reading(files, backend):
     before = open_descriptors()
-    reads = open_store(files, backend, threads=2, disk=Disk(1e6))
-    tickets = [reads.read([piece(0, i * 1000, 50_000)]) for i in range(30)]
+    reads = open_store(files, backend, threads=2, disk=Disk(2e5))
+    tickets = [reads.read([piece(0, i * 1000, 50_000)]) for i in range(60)]
     began = time.perf_counter()
     reads.close()
-    assert time.perf_counter() - began < 1  # not the 1.5 s that all would take
+    assert time.perf_counter() - began < 7  # not the 15 s that all would take
     failed = 0
     for ticket in tickets:
         assert ticket.done
@@ -35,7 +35,7 @@ def test_close_while_reading(files, backend):
         except StreamerError as error:
             assert "closed" in str(error)
             failed += 1
-    assert 25 <= failed <= 30
+    assert 45 <= failed <= 60
     reads.close()
     with pytest.raises(StreamerError, match="closed"):
         reads.read([piece(0, 0, 1)])
