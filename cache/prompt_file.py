@@ -248,19 +248,23 @@ def _opened(path: Path) -> tuple[dict[str, Any], list[str], int]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size, LONGEST):
+            if not 2 <= length <= min(size - 8, LONGEST):
                 raise PromptCacheError(f"{path} is cut short or not a prompt cache")
             entries = json.loads(file.read(length))
         ends = {n: e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"}
-        if 8 + length + max(ends.values(), default=0) != size:
-            raise PromptCacheError(f"{path} is cut short")
+        wanted = 8 + length + max(ends.values(), default=0)
+        if wanted != size:
+            how = "cut short" if size < wanted else "too long"
+            raise PromptCacheError(f"{path} is {how}: {size} bytes where it names {wanted}")
         header = json.loads(entries.get("__metadata__", {}).get("prompt_cache", "{}"))
         if not isinstance(header, dict):
             raise PromptCacheError(f"{path} is not a prompt cache")
         return header, sorted(ends, key=lambda n: ends[n]), size
     except FileNotFoundError:
         raise PromptCacheError(f"{path} does not exist") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise PromptCacheError(f"{path} is not a prompt cache: {_line(error)}") from error
+    except OSError as error:
         raise PromptCacheError(f"{path} cannot be read: {_line(error)}") from error
 
 
@@ -302,4 +306,6 @@ def _whole(saved: Any, arrays: dict[str, mx.array]) -> Any:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

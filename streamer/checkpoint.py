@@ -27,6 +27,7 @@ from .header import Tensor, read_header, shown
 INDEX = "model.safetensors.index.json"
 # read by mlx-lm and transformers, which do not say which file stops them
 LINK = "its link leads nowhere"
+MOST = 1 << 16  # experts of a layer
 SETTINGS = ("generation_config.json", "tokenizer_config.json", "hf_quant_config.json")
 
 
@@ -66,6 +67,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no tensors")
         _check_index(path, index, headers)
         _check_packing(path, tensors)
+        _check_counts(path / "config.json", config, len(tensors))
         return cls(path, config, tensors, files, side_files)
 
     @property
@@ -120,6 +122,22 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
     _check_end_token(path / "config.json", config)
     return config
+
+
+def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Of what a model file makes loops of, until memory is full."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name, value in part.items():
+            if not isinstance(value, int | float):
+                continue
+            # no expert a token would be all of them, by NumPy's rules for ranges
+            wrong = name == "num_experts_per_tok" and value < 1
+            wrong |= name.endswith("experts") and value > MOST
+            if name.endswith(("layers", "layer")) and value > tensors:
+                raise CheckpointError(f"{path}: {name} is {value}, and there are {tensors} tensors")
+            if wrong:
+                raise CheckpointError(f"{path}: {name} is {value}")
 
 
 def _check_end_token(path: Path, settings: dict[str, Any]) -> None:

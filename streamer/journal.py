@@ -132,8 +132,10 @@ class Journal:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             job, done = found["job"], found["done"]
+            if not all(isinstance(entry["sha256"], str) for entry in done.values()):
+                raise TypeError
             kept = {name: entry for name, entry in done.items() if self._whole(name, entry["size"])}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is damaged; remove {self.folder}") from error
         if job != self._job:
             raise UsageError(f"{self.folder} holds another conversion, cut short; remove it")

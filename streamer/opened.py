@@ -321,4 +321,6 @@ def _check_runs_here(path: Path, layers: list[LayerExperts]) -> None:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"there is no {text} where one is needed"
     return text if len(text) <= 300 else text[:297] + "..."

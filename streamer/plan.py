@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     from .opened import open_model
     from .run import DEMO
 
-    path = resolve(args.model) if args.model else DEMO
+    path = DEMO if args.model is None else resolve(args.model)
     opened = open_model(path, args.dtype, mtp=args.mtp == "auto")
     open_tokenizer(opened)  # its memory belongs to the runtime that is measured
     spare = default_budget()[0] if args.memory is None else None
@@ -118,14 +118,24 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
 
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        fingerprint = document["model"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if document["model"]["fingerprint"] != opened.checkpoint.fingerprint:
+            raise UsageError(f"{file} is the profile of another checkpoint than {opened.path}")
+        share = sum(budget.slots) / max(1, opened.experts)
+        hits, read, speed, step = map(float, at_share(document, share))
+        rate = float(document["costs"].get("disk_bytes_per_second", float("inf")))
+        if not (0 <= hits <= 1 and min(read, step) >= 0 and min(speed, rate) > 0):
+            raise ValueError("it tells of what cannot be")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise UsageError(f"{file} is not the JSON of streamer profile") from error
-    if fingerprint != opened.checkpoint.fingerprint:
-        raise UsageError(f"{file} is the profile of another checkpoint than {opened.path}")
-    here = at_share(document, sum(budget.slots) / max(1, opened.experts))
-    hits, read, speed, step = here
-    rate = document["costs"].get("disk_bytes_per_second", float("inf"))
     reason = f"as in the run that {file} tells of"
     return Forecast((hits, hits), (read, read), step, (speed, speed), rate, reason)
 
@@ -241,7 +251,7 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
                 f"({slots / budget.experts:.0%}), {slots / layers:.1f} of "
                 f"{opened.layers[0].count} a layer, {format_size(expert_bytes(opened))} each",
             ),
-            ("smallest", f"{format_size(budget.smallest)} works"),
+            ("smallest", _smallest(opened, budget)),
             ("disk", forecast.reason),
             (
                 "reads",
@@ -251,6 +261,24 @@ def table(opened: Any, budget: Any, forecast: Forecast) -> str:
         ]
     rows.append(("speed", f"{_range(forecast.tokens_per_second, '.1f')} tokens/s"))
     return "\n".join(f"{name:12} {text}" for name, text in rows)
+
+
+def _smallest(opened: Any, budget: Any) -> str:
+    """The smallest budgets that work, with the KV cache as planned and as small as it gets."""
+    from .budget import MIN_CHUNK, chunk_workspace
+    from .footprint import format_size
+    from .kv import CODED
+
+    def at(bits: float) -> int:
+        context = budget.context
+        workspace = chunk_workspace(opened, MIN_CHUNK, context, bits)
+        return opened.kv_bytes(context, bits) + workspace
+
+    size = f"{format_size(budget.smallest, up=True)} works"
+    if budget.kv_bits == CODED[-1] or not opened.coded_layers[0]:
+        return size
+    least = budget.smallest - at(budget.kv_bits) + at(CODED[-1])
+    return f"{size}, {format_size(least, up=True)} with the KV cache at {CODED[-1]} bits"
 
 
 def _kv_row(opened: Any, budget: Any) -> str:

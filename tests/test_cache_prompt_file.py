@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -112,8 +111,11 @@ def test_every_cut_is_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(PromptCacheError):
+        with pytest.raises(PromptCacheError, match="cut short"):
             load(file, A)
+    file.write_bytes(whole + b"more")
+    with pytest.raises(PromptCacheError, match="too long"):
+        load(file, A)
 
 
 def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
@@ -144,9 +146,9 @@ def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_other_files_are_refused(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "w.safetensors"), {"a": mx.ones((3,))})
     (tmp_path / "t").write_text("hello, this is text")
-    header = json.dumps([1, 2]).encode()
-    (tmp_path / "j").write_bytes(struct.pack("<Q", len(header)) + header)
-    for name in ("w.safetensors", "t", "j", "none"):
+    for name, header in (("j", b"[1, 2]"), ("n", b"[" * 100_000)):
+        (tmp_path / name).write_bytes(struct.pack("<Q", len(header)) + header)
+    for name in ("w.safetensors", "t", "j", "n", "none"):
         with pytest.raises(PromptCacheError):
             load(tmp_path / name, A)
 
