@@ -37,7 +37,7 @@ def native() -> ModuleType | None:
     if reason:
         warnings.warn(
             f"CPU kernels are off, MLX's own run instead: {reason}. "
-            "A C++ compiler and a reinstall would bring them.",
+            "A C++ compiler, Python's headers and a reinstall would bring them.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -17,11 +17,12 @@ the page cache (`--io direct`), so a hit in it cannot pass for speed; with `--di
 back until the disk imitated would have sent them (`streamer.disk`). llama.cpp's mapping lives
 in it, and is charged for it under --limit only.
 
-Prints a table and, last, one JSON line.
+Prints a table and, last, one JSON line. Exit code 1: no configuration gave a result.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import shlex
@@ -68,7 +69,7 @@ def parser() -> Parser:
     p.add_argument("--gguf", type=Path, help="the model for it")
     p.add_argument("--llama-args", default="", help="further options for it, one string")
     p.add_argument("--no-memory-row", action="store_true", help="leave out in-memory mlx-lm")
-    p.add_argument("--worker", help="internal")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
     return p
 
 
@@ -85,16 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     from .disk import Disk
     from .footprint import available_memory, parse_size
     from .hub import resolve
-    from .loading import expert_bytes
+    from .loading import expert_bytes, open_tokenizer
     from .opened import open_model
     from .probe import measure
     from .run import DEMO
 
-    path = resolve(args.model) if args.model else DEMO
+    path = DEMO if args.model is None else resolve(args.model)
     limit = parse_size(args.limit) if args.limit else None
     opened = open_model(path, args.dtype)
     if not opened.layers:
         raise StreamerError(f"{path} has no routed experts; there is nothing to page")
+    open_tokenizer(opened)  # raises once, not in every worker
     names = _configurations(args, open_model(path, args.dtype, mtp=True))
     if limit is None:
         names = _fitting(names, opened, available_memory())
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         "rounds": len(results[names[0]]),
         "rows": rows,
     }))  # fmt: skip
-    return 0
+    return int(all("failed" in made for made in rows))
 
 
 def _configurations(args: Any, opened: Any) -> list[Configuration]:

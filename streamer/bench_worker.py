@@ -29,7 +29,8 @@ class Worker:
         self._group, self._dead = group, ""
         told = json.dumps(job | one.job())
         argv = [sys.executable, "-m", "streamer.bench", "--worker", told]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # in a group of its own: Ctrl-C is for the parent, which ends it
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
         if group is None:
             self._process = subprocess.Popen(argv, text=True, **pipes)  # type: ignore[call-overload]
         else:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 
-from .console import say, write_json
+from .console import as_utf8, say, write_json
 from .errors import UsageError
+from .heat import cache_folder
 from .session import Session, chat_tokens
-
-HISTORY = Path.home() / ".cache" / "streamer" / "history"
 
 
 def converse(session: Session, args: argparse.Namespace) -> int:
@@ -26,6 +24,8 @@ def converse(session: Session, args: argparse.Namespace) -> int:
 
     if not session.tokenizer.has_chat_template:
         raise UsageError("this model has no chat template; use --prompt")
+    if sys.stdin.isatty():
+        say("/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends a reply")
     with _line_editing():
         messages = _resume(session, args) or _start(args)
         while (line := _ask()) is not None:
@@ -36,6 +36,7 @@ def converse(session: Session, args: argparse.Namespace) -> int:
                 continue
             if not line.strip():
                 continue
+            line = as_utf8(line, "the line")
             messages.append({"role": "user", "content": line})
             tokens = chat_tokens(session.tokenizer, messages)
             if len(tokens) + args.max_tokens > session.streamer.budget.context:
@@ -89,11 +90,16 @@ def _line_editing():  # type: ignore[no-untyped-def]
         return
     import readline
 
+    try:
+        history = cache_folder() / "history"
+    except RuntimeError:  # a user without a home
+        yield
+        return
     with contextlib.suppress(OSError):
-        readline.read_history_file(HISTORY)
+        readline.read_history_file(history)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            HISTORY.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(HISTORY)
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)

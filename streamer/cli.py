@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from . import __version__
+
 COMMANDS = {
     "run": "generate text or chat with a model larger than memory",
     "plan": "show what a memory budget buys",
@@ -20,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(_usage())
         return 0
+    if argv[:1] in (["-V"], ["--version"]):
+        print(f"moe-streamer {__version__}")
+        return 0
     if not argv or argv[0] not in COMMANDS:
         given = f"unknown command {argv[0]!r}" if argv else "no command given"
         print(f"error: {given}; one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
-    return "usage: streamer COMMAND ... (each has --help)\n" + "\n".join(lines)
+    return "\n".join(["usage: streamer COMMAND ... (each has --help) | --version", *lines])
 
 
 if __name__ == "__main__":

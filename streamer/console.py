@@ -6,17 +6,22 @@ Nothing here knows about models.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from .errors import StreamerError, UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
 
 class Interrupted(Exception):
@@ -37,9 +42,10 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not (math.isfinite(value) and low <= value <= high):
-            bound = f"from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " up")
+            bound = f"from {low}" + (f" to {high}" if math.isfinite(high) else " up")
             raise argparse.ArgumentTypeError(f"{text} is out of range; it goes {bound}")
         return value
 
@@ -59,19 +65,49 @@ def command(main: Main) -> Main:
         # transformers imports torch when it is there; tokenizers do not need its 200 MB
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        _prepare_streams()
         try:
-            return main(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = _say_warning  # type: ignore[assignment]
+                code = main(argv)
+            sys.stdout.flush()
+            return code
         except StreamerError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Interrupted):
             return 130
         except BrokenPipeError:
-            # the reader went away; leave stdout pointing somewhere harmless
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            _drop_output()
+            print(f"error: cannot write: {error.strerror}", file=sys.stderr)
+            return 2
 
     return run
+
+
+def _prepare_streams() -> None:
+    """Open those that the caller closed: a file of ours would be given their numbers, and written
+    to. A terminal that has no sign for a character shows a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """The reader went away, or the disk is full: stdout has to point somewhere harmless."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    say(f"warning: {message}")
 
 
 def say(text: str) -> None:
@@ -134,22 +170,33 @@ def prompt_of(given: str) -> str:
     """
     try:
         text = sys.stdin.read() if given == "-" else given
-        text.encode()  # bytes that could not be decoded are surrogates by now
     except UnicodeError:
         raise UsageError("the prompt is not UTF-8") from None
+    text = as_utf8(text, "the prompt")
     if not text:
         raise UsageError("the prompt is empty")
     return text
+
+
+def as_utf8(text: str, what: str) -> str:
+    """`text`, where bytes that the locale could not decode, surrogates by now, are UTF-8.
+
+    Raises UsageError where they are not.
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise UsageError(f"{what} is not UTF-8") from None
 
 
 def check_writable(path: Path | None) -> None:
     """Raises UsageError now, not after the run, where `path` cannot be written then."""
     if path is None:
         return
-    aside = path.with_name(path.name + ".partial")
     try:
-        aside.open("wb").close()
-        aside.unlink()
+        if aside := _aside(path):
+            aside.open("wb").close()
+            aside.unlink()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -160,13 +207,33 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, sync, rename. Raises UsageError when the folder cannot be written."""
-    aside = path.with_name(path.name + ".partial")
+    """Write aside, sync, rename; a pipe or a device is written to. Raises UsageError."""
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside = _aside(path)
+        if aside is None:
+            path.write_text(text, encoding="utf-8")
+            return
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, os.path.realpath(path))
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _aside(path: Path) -> Path | None:
+    """Beside what `path` leads to, a name of this process's; None for a pipe or a device.
+
+    Raises IsADirectoryError.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if target.exists() and not target.is_file():
+        return None
+    return target.with_name(f"{target.name}.{os.getpid()}.partial")

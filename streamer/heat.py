@@ -41,9 +41,9 @@ Uses = dict[str, np.ndarray]  # module path of a layer -> uses of its experts, i
 
 
 def cache_folder() -> Path:
-    """Where heat files lie when nobody says otherwise."""
+    """Ours in the user's cache. Raises RuntimeError for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "streamer" / "heat"
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "streamer"
 
 
 class Heat:
@@ -56,7 +56,7 @@ class Heat:
         """path: of the file; None for one in the user's cache folder."""
         self._fingerprint = opened.checkpoint.fingerprint
         self._asked = path is not None  # then the user is told when it cannot be written
-        self.path = path or cache_folder() / f"{self._fingerprint}.json"
+        self.path = path or cache_folder() / "heat" / f"{self._fingerprint}.json"
         self._counts = {layer.path: layer.count for layer in opened.layers}
         self._top_k = opened.top_k
         self.filled, self.seconds = 0, 0.0

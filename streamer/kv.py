@@ -11,10 +11,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mlx_lm.models.cache import CacheList
-
-from cache.compressed import CompressedKVCache
-
 from .errors import UsageError
 
 FULL = 16
@@ -43,6 +39,10 @@ def bits_option(text: str) -> KVBits:
 
 def describe(cache: Sequence[Any], full_bits: int) -> dict[str, Any]:
     """The `kv_cache` block of `--stats`; full_bits: of a value in full precision."""
+    from mlx_lm.models.cache import CacheList  # options are read without MLX
+
+    from cache.compressed import CompressedKVCache
+
     flat = [one for c in cache for one in (c.caches if isinstance(c, CacheList) else [c])]
     coded = [c for c in flat if isinstance(c, CompressedKVCache)]
     return {

@@ -218,6 +218,8 @@ def _table(path: Path) -> dict[str, int]:
 if __name__ == "__main__":
     from .footprint import format_size, parse_size
 
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m streamer.memory_cgroup SIZE COMMAND ...")
     with memory_cgroup(parse_size(sys.argv[1])) as _group:
         _done = _group.run(sys.argv[2:])
         print(_done.stdout, _done.stderr, sep="\n")

@@ -6,11 +6,12 @@
 
 The run lives in a process of its own, whose memory is its own, and so does each run of a
 sweep; what is drawn and replayed afterwards costs them nothing. The page needs matplotlib
-(`pip install 'moe-streamer[profile]'`), --json does not.
+(`pip install matplotlib`), --json does not.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -31,11 +32,11 @@ TOKENS = 128
 
 def parser() -> Parser:
     p = Parser(prog="streamer profile", description="Show where memory, reads and time go.")
-    p.add_argument("--prompt", metavar="FILE", help="file with the prompt, or - for stdin")
+    p.add_argument("--prompt", metavar="FILE", help="a file that holds the prompt, or - for stdin")
     p.add_argument("--out", type=Path, metavar="HTML", help="write the page to this file")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     p.add_argument("--sweep", metavar="4GB,8GB", help="budgets to run besides, one by one")
-    p.add_argument("--worker", type=Path, help="internal")
+    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     add_options(p, max_tokens=TOKENS)
     # a pool that earlier runs have warmed would hide what this text asks for
     p.set_defaults(chat=False, system=None, stats=None, heat="off")
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.out and not args.json:
         raise UsageError("give --out report.html, --json FILE, or both")
     if args.out and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a page needs matplotlib: pip install 'moe-streamer[profile]'")
+        raise UsageError("a page needs matplotlib: pip install matplotlib")
     check_writable(args.out)
     check_writable(args.json)
     prompt = _prompt(args.prompt)

@@ -44,8 +44,8 @@ class PromptCache:
         }
         if name := prompt_file.saveable(make_prompt_cache(opened.model)):
             raise UsageError(f"--prompt-cache: {opened.name} has a {name}, which cannot be saved")
-        if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"--prompt-cache {path} cannot be written there")
+        if why := _unwritable(path):
+            raise UsageError(f"--prompt-cache {path} cannot be written: {why}")
         if path.exists():
             with _refusing():
                 header = prompt_file.peek(path, self._belongs)
@@ -101,6 +101,14 @@ class PromptCache:
 
     def _head(self) -> str:
         return head_identity(self._opened.checkpoint, self._opened.files)
+
+
+def _unwritable(path: Path) -> str:
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return "" if os.access(path.parent, os.W_OK) else f"{path.parent} takes no files"
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

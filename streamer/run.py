@@ -9,6 +9,7 @@ Text goes to stdout as it is made, everything else to stderr.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -61,16 +62,23 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
         help="bound on the whole process: 8GB, 50%% (of the experts), min; what can be spared "
         "when left out",
     )
-    p.add_argument("--max-tokens", type=number(1, 1 << 30, int), default=max_tokens)
     p.add_argument(
-        "--context", type=number(1, 1 << 30, int), help="tokens to plan the KV cache for"
+        "--max-tokens",
+        type=number(1, 1 << 30, int),
+        default=max_tokens,
+        help=f"of a reply at most; {max_tokens} when left out",
     )
-    p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
-    p.add_argument("--top-p", type=number(0, 1), default=1.0)
-    p.add_argument("--top-k", type=number(0, 1 << 30, int), default=0)
-    p.add_argument("--min-p", type=number(0, 1), default=0.0)
-    p.add_argument("--repetition-penalty", type=number(0), default=1.0)
-    p.add_argument("--seed", type=number(0, (1 << 63) - 1, int))
+    p.add_argument(
+        "--context",
+        type=number(1, 1 << 30, int),
+        help="tokens to plan the KV cache for; the prompt and --max-tokens when left out",
+    )
+    p.add_argument("--temp", type=number(0), default=0.0, help="0, when left out, is greedy")
+    p.add_argument("--top-p", type=number(0, 1), default=1.0, help="0 or 1 is all")
+    p.add_argument("--top-k", type=number(0, 1 << 30, int), default=0, help="0 is all")
+    p.add_argument("--min-p", type=number(0, 1), default=0.0, help="0 is all")
+    p.add_argument("--repetition-penalty", type=number(0), default=1.0, help="1 is none")
+    p.add_argument("--seed", type=number(0, (1 << 63) - 1, int), help="the same text every time")
     p.add_argument(
         "--mtp",
         type=_depth,
@@ -92,14 +100,19 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
         metavar="FILE",
         help="keep the prompt, or the chat, in this file, and read none of it again next time",
     )
-    p.add_argument("--io", choices=("auto", "mmap", "pread", "direct"), default="auto")
+    p.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        default="auto",
+        help="how experts are read; auto: as is fastest on this disk",
+    )
     p.add_argument(
         "--executor",
         choices=("auto", "layerwise", "lookahead", "rehearse"),
         default="layerwise",
-        help="stop at every layer for its experts; while it waits, run those behind it with what "
-        "is resident, to learn what to read (lookahead); run all with what is resident first "
-        "(rehearse); auto: what is measured to be faster",
+        help="stop at every layer for its experts (layerwise, when left out); while it waits, run "
+        "those behind it with what is resident, to learn what to read (lookahead); run all with "
+        "what is resident first (rehearse); auto: what is measured to be faster",
     )
     p.add_argument(
         "--guess",
@@ -116,17 +129,34 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     )
     p.add_argument(
         "--heat",
+        type=_heat,
         default=os.environ.get("STREAMER_HEAT") or "auto",
         metavar="auto|off|FILE",
         help="start with the experts that earlier runs used most, remembered in a file of 1 MB at "
         "most (auto: one per model in the cache folder; STREAMER_HEAT sets the default)",
     )
-    p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "stored", "float32"),
+        default="auto",
+        help="of what is computed (auto: float32 on CPUs, as stored on GPUs)",
+    )
 
 
 def _depth(text: str) -> str | int:
     """An argparse type: auto, off or a number of drafts."""
-    return text if text in ("auto", "off") else number(1, 8, int)(text)
+    if text in ("auto", "off"):
+        return text
+    if text not in map(str, range(1, 9)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, off and 1 to 8")
+    return int(text)
+
+
+def _heat(text: str) -> str:
+    """An argparse type: auto, off or a file, which `on` is not meant as."""
+    if text in ("", "on"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, off and a file")
+    return text
 
 
 @command

@@ -18,11 +18,17 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .budget import divide
+from .budget import Budget, divide
 from .console import bar, say
 from .engine import Timing, generate, prefill
 from .errors import CheckpointError, UsageError
-from .footprint import default_budget, format_size, peak_footprint
+from .footprint import (
+    available_memory,
+    default_budget,
+    footprint,
+    format_size,
+    peak_footprint,
+)
 from .hub import resolve
 from .kv import FULL, describe
 from .loading import Streamer, attach, expert_bytes, open_tokenizer
@@ -35,7 +41,7 @@ CHAT_CONTEXT = 8192  # tokens a chat's KV cache is planned for when nothing is s
 
 def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Session:
     """Open, plan and load as the options say. Raises StreamerError."""
-    path = resolve(args.model) if args.model else demo
+    path = demo if args.model is None else resolve(args.model)
     opened = open_model(path, args.dtype, mtp=args.mtp != "off")
     about_head = _about_head(opened, args)
     tokenizer = open_tokenizer(opened)
@@ -43,11 +49,12 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     kept = PromptCache(args.prompt_cache, opened) if args.prompt_cache else None
     context = args.context or _context(args, tokens, kept)
     if len(tokens) >= context:
-        raise UsageError(f"the prompt has {len(tokens)} tokens and --context is {context}")
+        raise UsageError(f"the prompt has {_tokens(len(tokens))} and --context is {context}")
     spare, why = default_budget() if args.memory is None else (None, "")
     budget = divide(opened, args.memory, context, spare=spare, kv_bits=args.kv_bits)
     if kept is not None:
         kept.check(budget)
+    _warn(opened, budget, args)
     with bar("loading") as update:
         model = attach(
             opened,
@@ -60,6 +67,19 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
             heat=getattr(args, "heat", "off"),
         )
     return Session(model, tokenizer, tokens, args, why, about_head, kept)
+
+
+def _warn(opened: Opened, budget: Budget, args: argparse.Namespace) -> None:
+    """Of what was asked for and is allowed, but hardly meant."""
+    wanted, room = budget.total - footprint(), available_memory()
+    if args.memory is not None and wanted > room:
+        say(
+            f"warning: {format_size(wanted)} more of memory are to be used, and "
+            f"{format_size(room)} are available"
+        )
+    trained = opened.text("max_position_embeddings", 0)
+    if trained and budget.context > trained and (args.context or not args.chat):
+        say(f"warning: {budget.context} tokens are planned, the model was made for {trained}")
 
 
 def _context(args: argparse.Namespace, tokens: list[int], kept: PromptCache | None) -> int:
@@ -276,11 +296,12 @@ class Session:
         stats = s.stats()
         asked = stats["hits"] + stats["misses"]
         parts = [
-            f"{t.prompt_tokens} prompt tokens, first token after {t.prompt_seconds:.2f} s",
-            f"{t.generated_tokens} tokens at {t.decode_rate:.1f} tok/s",
+            f"{_tokens(t.prompt_tokens, 'prompt ')}, first token after {t.prompt_seconds:.2f} s",
+            _tokens(t.generated_tokens)
+            + (f" at {t.decode_rate:.1f} tok/s" if t.decode_rate else ""),
         ]
-        if self.kept is not None:
-            parts.insert(0, f"{self.reused} tokens kept, not read again")
+        if self.reused and self.kept is not None:
+            parts.insert(0, f"{_tokens(self.reused)} from the prompt cache")
         if self.drafts.drafted:
             parts.append(f"{self.drafts.accepted / self.drafts.drafted:.0%} of drafts accepted")
         if self.drafts.near_ties:
@@ -323,6 +344,10 @@ class Session:
 
     def close(self) -> None:
         self.streamer.close()
+
+
+def _tokens(n: int, kind: str = "") -> str:
+    return f"{n} {kind}token{'s' * (n != 1)}"
 
 
 def _processors(penalty: float) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import make_tiny
 
+from streamer import bench
 from streamer.bench import PROCESS, _fitting, main, parser
 from streamer.bench_llama import Llama
 from streamer.bench_rows import LLAMA, MEMORY, Configuration, crossed, row, suite, table
@@ -158,6 +161,41 @@ def test_options_that_make_no_sense(
     assert main(["--no-memory-row", *options]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+def test_a_model_that_no_worker_could_open_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = make_tiny("qwen3_moe", tmp_path / "m")
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    assert main(["--model", str(broken), "--shares", "50"]) == 2
+    err = capsys.readouterr().err
+    assert "no usable tokenizer" in err and err.count("\n") == 1
+
+
+@pytest.mark.smoke
+def test_nothing_measured_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for failed, code in ((True, 1), (False, 0)):
+
+        def turns(names: Any, *_: Any, failed: bool = failed) -> Any:
+            good = {} if failed else {names[-1]: [turn(1.0)]}
+            return {name: [{"failed": "ended without a result"}] for name in names} | good
+
+        monkeypatch.setattr(bench, "_turns", turns)
+        assert main(["--shares", "50"]) == code
+        assert "| mlx-lm | ended without a result |" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_an_interruption_is_for_the_parent_alone() -> None:
+    worker = Worker(HALF, JOB, None)
+    try:
+        assert os.getpgid(worker._process.pid) != os.getpgid(0)
+    finally:
+        worker.close()
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from streamer import plan
 from streamer.budget import MIN_CHUNK, SLACK, _chunk, chunk_workspace, divide
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
+from streamer.footprint import parse_size
 from streamer.opened import open_model, trunk_parameters
+from streamer.run import DEMO
 from streamer.trunk import PIECE, load_trunk
 
 
@@ -54,6 +57,18 @@ def test_shares(mixed: Path) -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.smoke
+def test_the_plan_names_budgets_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamer.budget.footprint", lambda: 100 << 20)
+    opened = open_model(DEMO)
+    told = plan._smallest(opened, divide(opened, "1GB", 4096))
+    sizes = [parse_size(size) for size in re.findall(r"[0-9.]+ [kMG]B", told)]
+    for size, bits in zip(sizes, (16, 2), strict=True):
+        divide(opened, size, 4096, kv_bits=bits)
+        with pytest.raises(BudgetError):
+            divide(opened, size - (1 << 20), 4096, kv_bits=bits)
+
+
 def test_too_small_names_the_smallest_that_works(mixed: Path) -> None:
     opened = open_model(mixed)
     with pytest.raises(BudgetError, match="smallest budget that works"):

@@ -330,7 +330,7 @@ def test_a_page_without_matplotlib_is_refused(
 ) -> None:
     monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: None)
     assert profile.main(["--out", "x.html"]) == 2
-    assert "moe-streamer[profile]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_page_of_a_run_without_reads(inflated: Made) -> None:

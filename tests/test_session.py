@@ -4,13 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamer import run
+from streamer import chat, run
 from streamer.engine import Timing
 from streamer.run import DEMO, parser
 from streamer.session import open_session
@@ -99,6 +98,25 @@ def test_chat_over_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert json.loads(stats.read_text())["generated_tokens"] == 8
 
 
+def test_where_the_history_of_lines_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the user's cache, and nowhere for a user without one."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with chat._line_editing():
+        pass
+    assert (tmp_path / "streamer" / "history").exists()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with chat._line_editing():
+        pass
+
+
 @pytest.mark.smoke
 def test_a_prompt_from_stdin(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--max-tokens", "8"]
@@ -116,19 +134,18 @@ def test_interrupting_ends_the_text_cleanly(tmp_path: Path) -> None:
     stats = tmp_path / "s.json"
     command = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", "def "]
     process = subprocess.Popen(
-        [*command, "--max-tokens", "3000", "--stats", str(stats)],
+        [*command, "--max-tokens", "30000", "--stats", str(stats)],  # for many seconds
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout
     process.stdout.read(20)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
-    assert 0 < json.loads(stats.read_text())["generated_tokens"] < 3000
+    assert 0 < json.loads(stats.read_text())["generated_tokens"] < 30000
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
