@@ -8,14 +8,21 @@
 namespace streamer {
 namespace {
 
-// Bytes of weights that one task reads in a row, between even shares and few hand-outs; and the
-// multiply-adds below which waking another thread costs more than it saves.
+// Bytes of weights that one task reads in a row, between even shares and few hand-outs, and how many
+// tasks a thread should have where there is less to read; and the multiply-adds below which waking
+// another thread costs more than it saves.
 constexpr int64_t task_bytes = 64 << 10;
+constexpr int64_t tasks_each = 8;
 constexpr int64_t parallel_work = 1 << 18;
 
-int64_t step_of(const Matrix& A) {
-  const int64_t row_bytes = std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
-  return std::max<int64_t>(task_bytes / row_bytes / 24 * 24, 24);
+int64_t row_bytes(const Matrix& A) {
+  return std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
+}
+
+// Rows of a task, where all products read `bytes` of weights.
+int64_t step_of(const Matrix& A, int64_t bytes) {
+  const int64_t each = std::min(task_bytes, bytes / (tasks_each * threads()));
+  return std::max<int64_t>(each / row_bytes(A) / 24 * 24, 24);
 }
 
 } // namespace
@@ -84,11 +91,14 @@ void multiply_batch(
     kernel.pack(from.A, from.M, from.x, packed + starts[i]);
   };
 
-  std::vector<int> first{0};
-  int64_t work = 0;
+  std::vector<int> first{0}, steps;
+  int64_t work = 0, bytes = 0;
+  for (const Product& product : products) bytes += product.A.N * row_bytes(product.A);
   for (const Product& product : products) {
     const Matrix& A = product.A;
-    first.push_back(first.back() + static_cast<int>((A.N + step_of(A) - 1) / step_of(A)));
+    const int64_t step = step_of(A, bytes);
+    steps.push_back(static_cast<int>(step));
+    first.push_back(first.back() + static_cast<int>((A.N + step - 1) / step));
     int64_t rows = 0;
     for (int p = product.begin; p < product.end; ++p) rows += packs[parts[p].pack].M;
     work += rows * A.N * A.K;
@@ -97,8 +107,8 @@ void multiply_batch(
     const size_t i = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;
     const Product& product = products[i];
     const Matrix& A = product.A;
-    const int64_t begin = (task - first[i]) * step_of(A);
-    const int64_t end = std::min<int64_t>(A.N, begin + step_of(A));
+    const int64_t begin = int64_t(task - first[i]) * steps[i];
+    const int64_t end = std::min<int64_t>(A.N, begin + steps[i]);
     float* scratch = workspace(1, kernel.scratch(A));
     for (int64_t tile = begin; tile < end; tile += max_tile) {
       const int64_t stop = std::min<int64_t>(end, tile + max_tile);

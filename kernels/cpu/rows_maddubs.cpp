@@ -5,312 +5,190 @@
 // signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact, so the
 // only roundings are that of x, to 2^-23 of the largest neighbour, and those of the lanes' sums.
 // So 15 operations make the products of 64 weights and a row; three digits of 8 bits take 18.
+//
+// Some output rows are taken a stretch of columns at a time, so that the rows of x there stay in the
+// first-level cache; their sums wait in memory meanwhile, and are added up over lanes four at a time.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "maddubs_pack.h"
 #include "rows.h"
 #include "unpack.h"
 
 namespace streamer {
 namespace {
 
-constexpr int W = 8;
-constexpr int64_t columns = 64; // of a block, 32 bytes of weights
-// Of a row of x, for a block: h of every fourth value from the first, third, second and fourth on;
-// l of the even ones, then of the odd ones; eight units.
-constexpr int64_t block_bytes = 7 * 32;
-constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
+constexpr int64_t fetched = 8192; // bytes of weights between those in use and those asked for
+constexpr int64_t held_bytes = 32 << 10; // of weights of the output rows that are taken together
+constexpr int64_t stretch_bytes = 14 << 10; // of x that is taken at a time
 
-struct Layout {
-  int64_t K, G, blocks, sums;
-
-  explicit Layout(const Matrix& A)
-      : K(A.K),
-        G(A.K / A.group),
-        blocks((A.K + columns - 1) / columns),
-        sums((G + W - 1) / W * W) {}
-
-  // Scales of a row as floats, padded so that any block may read on.
-  int64_t room() const {
-    return sums + W;
-  }
-};
-
-bool known(const Matrix& A) {
-  return A.format == Format::affine && A.bits == 4;
-}
-
-// Every other byte of 64, those at even places or, `shift` 8, at odd ones.
-template <int shift>
-inline __m256i every_other(__m256i a, __m256i b) {
-  const __m256i low = _mm256_set1_epi16(255);
-  if (shift == 8) {
-    a = _mm256_srli_epi16(a, 8);
-    b = _mm256_srli_epi16(b, 8);
-  } else {
-    a = _mm256_and_si256(a, low);
-    b = _mm256_and_si256(b, low);
-  }
-  return _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
-}
-
-// The lowest bytes of 32 integers.
-inline __m256i lowest(const __m256i* q) {
-  const __m256i low = _mm256_set1_epi32(255), order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-  const __m256i a = _mm256_packus_epi32(_mm256_and_si256(q[0], low), _mm256_and_si256(q[1], low));
-  const __m256i b = _mm256_packus_epi32(_mm256_and_si256(q[2], low), _mm256_and_si256(q[3], low));
-  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
-}
-
-// In lane i of the first and of the second half, the largest of that half of a, b, c, d.
-inline __m256i largest(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i p = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-  const __m256i q = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-  return _mm256_max_epi32(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
-}
-
-// Eight times eight neighbours as integers below 2^23, and the powers of two that bring them back.
-inline void fixed(const float* x, __m256i* q, float* units) {
-  const __m256i positive = _mm256_set1_epi32(0x7fffffff);
-  __m256i a[8];
-  for (int i = 0; i < 8; ++i) {
-    a[i] = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + W * i)), positive);
-  }
-  const __m256i r = largest(a[0], a[1], a[2], a[3]), s = largest(a[4], a[5], a[6], a[7]);
-  const __m256i bits = _mm256_max_epi32(
-      _mm256_permute2x128_si256(r, s, 0x20), _mm256_permute2x128_si256(r, s, 0x31));
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
-  const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
-  const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
-  __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), full);
-  exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(32));
-  // x < 2^(exponent - 126), and 22 bits more are kept.
-  const __m256i back = _mm256_sub_epi32(exponent, _mm256_set1_epi32(22));
-  const __m256i up = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(254), back), 23);
-  const __m256i wild = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7fffff));
-  _mm256_store_ps(
-      units, _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(back, 23), wild)));
-  for (int i = 0; i < 8; ++i) {
-    const __m256i every = _mm256_permutevar8x32_epi32(up, _mm256_set1_epi32(i));
-    q[i] = _mm256_cvtps_epi32(
-        _mm256_mul_ps(_mm256_loadu_ps(x + W * i), _mm256_castsi256_ps(every)));
-  }
-}
-
-// 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
-struct Weights {
-  __m256i even, odd, quarters[4];
-
-  explicit Weights(__m256i nibbles) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
-    even = _mm256_and_si256(nibbles, nibble);
-    odd = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), nibble);
-    quarters[0] = _mm256_slli_epi16(even, 8);
-    quarters[1] = _mm256_and_si256(even, upper);
-    quarters[2] = _mm256_slli_epi16(odd, 8);
-    quarters[3] = _mm256_and_si256(odd, upper);
-  }
-};
-
-// Sum over each lane's values of x times w, as the integers that they stand for.
-inline __m256 whole(const Weights& w, const uint8_t* x) {
-  const auto* from = reinterpret_cast<const __m256i*>(x);
-  const __m256i a = _mm256_add_epi32(
-      _mm256_madd_epi16(w.quarters[0], _mm256_load_si256(from)),
-      _mm256_madd_epi16(w.quarters[1], _mm256_load_si256(from + 1)));
-  const __m256i b = _mm256_add_epi32(
-      _mm256_madd_epi16(w.quarters[2], _mm256_load_si256(from + 2)),
-      _mm256_madd_epi16(w.quarters[3], _mm256_load_si256(from + 3)));
-  const __m256i l = _mm256_add_epi16(
-      _mm256_maddubs_epi16(w.even, _mm256_load_si256(from + 4)),
-      _mm256_maddubs_epi16(w.odd, _mm256_load_si256(from + 5)));
-  const __m256i sum = _mm256_add_epi32(
-      _mm256_add_epi32(a, b), _mm256_madd_epi16(l, _mm256_set1_epi16(1)));
-  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
-}
-
-// h of eight times eight values, into four vectors.
-inline void high_digits(const __m256i* q, __m256i* to) {
-  __m256i y[4];
-  for (int i = 0; i < 4; ++i) {
-    // The first and the fifth of eight side by side, the second and the sixth...
-    const __m256i first = _mm256_permute2x128_si256(q[i], q[i + 4], 0x20);
-    const __m256i last = _mm256_permute2x128_si256(q[i], q[i + 4], 0x31);
-    y[i] = _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16), 0xaa);
-  }
-  const __m256i a = _mm256_unpacklo_epi32(y[0], y[1]), b = _mm256_unpackhi_epi32(y[0], y[1]);
-  const __m256i c = _mm256_unpacklo_epi32(y[2], y[3]), d = _mm256_unpackhi_epi32(y[2], y[3]);
-  _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
-  _mm256_store_si256(to + 1, _mm256_unpacklo_epi64(b, d));
-  _mm256_store_si256(to + 2, _mm256_unpackhi_epi64(a, c));
-  _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
-}
-
-// One block of one row of x, zeros after `count`, and its lanes' sums.
-inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
-  alignas(32) float tail[columns];
-  if (count < columns) {
-    for (int64_t i = 0; i < columns; ++i) tail[i] = i < count ? x[i] : 0.0f;
-    x = tail;
-  }
-  float* units = reinterpret_cast<float*>(out + 192);
-  __m256i q[8];
-  fixed(x, q, units);
-  auto* to = reinterpret_cast<__m256i*>(out);
-  const __m256i a = lowest(q), b = lowest(q + 4), half = _mm256_set1_epi32(128);
-  _mm256_store_si256(to + 4, every_other<0>(a, b));
-  _mm256_store_si256(to + 5, every_other<8>(a, b));
-  for (__m256i& one : q) one = _mm256_srai_epi32(_mm256_add_epi32(one, half), 8);
-  high_digits(q, to);
-  const Weights ones(_mm256_set1_epi8(17));
-  return _mm256_mul_ps(whole(ones, out), _mm256_load_ps(units));
-}
-
-int64_t packed(const Matrix& A, int M) {
-  if (!known(A)) return rows_avx2().packed(A, M);
-  const Layout L(A);
-  return M * (L.blocks * block_bytes / 4 + L.sums);
+// Output rows that are taken together.
+int64_t held_rows(const Layout& L) {
+  const int64_t n = held_bytes / L.row_bytes() / 4 * 4;
+  return n < 8 ? 8 : n < max_tile ? n : max_tile;
 }
 
 int64_t scratch(const Matrix& A) {
-  return known(A) ? 8 * Layout(A).room() : rows_avx2().scratch(A);
-}
-
-void pack(const Matrix& A, int M, const float* const* x, float* out) {
-  if (!known(A)) return rows_avx2().pack(A, M, x, out);
+  if (!known(A)) return rows_avx2().scratch(A);
   const Layout L(A);
-  auto* to = reinterpret_cast<uint8_t*>(out);
-  float* sums = out + M * L.blocks * block_bytes / 4;
-  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
-  const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
-  for (int64_t k = 0; k < L.blocks; ++k) {
-    for (int m = 0; m < M; ++m, to += block_bytes) {
-      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, to);
-      // Of each half of the block: a group of 32, or a part of one.
-      const __m128 four =
-          _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-      const __m128 two = _mm_hadd_ps(four, four);
-      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
-      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
-    }
-  }
+  return held_rows(L) * (max_rows * W + 2 * L.G);
 }
 
-// `count` scales (or biases) from `index` on as floats, then zeros up to `room`.
-inline void widen(
-    const void* from, Scale type, int64_t index, int64_t count, int64_t room, float* to) {
+// Scales (or biases) from `index` on as floats: where they lie, or in `room`.
+inline const float* widened(
+    const void* from, Scale type, int64_t index, int64_t count, float* room) {
+  if (type == Scale::f32) return static_cast<const float*>(from) + index;
+  const auto* halves = static_cast<const uint16_t*>(from) + index;
   int64_t i = 0;
   for (; i + W <= count; i += W) {
-    __m256 wide;
-    if (type == Scale::f32) {
-      wide = _mm256_loadu_ps(static_cast<const float*>(from) + index + i);
-    } else {
-      const __m128i half = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + index + i));
-      wide = type == Scale::f16
-          ? _mm256_cvtph_ps(half)
-          : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-    }
-    _mm256_storeu_ps(to + i, wide);
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    _mm256_storeu_ps(
+        room + i, type == Scale::f16 ? _mm256_cvtph_ps(half) : _mm256_castsi256_ps(shifted));
   }
-  for (; i < count; ++i) to[i] = streamer::wide(from, type, index + i);
-  for (; i < room; ++i) to[i] = 0.0f;
+  for (; i < count; ++i) room[i] = wide(from, type, index + i);
+  return room;
 }
 
-inline __m128 half_sum(__m256 a) {
-  return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+inline __m128 half_sum(const float* a) {
+  return _mm_add_ps(_mm_load_ps(a), _mm_load_ps(a + 4));
 }
 
-inline float sum_of(__m256 a) {
+inline float sum_of(const float* a) {
   __m128 c = half_sum(a);
   c = _mm_add_ps(c, _mm_movehl_ps(c, c));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 
-// y[m][n + r] for R output rows; `halves`: a block has two groups, else `apart` blocks share one.
-template <int R, int M, bool halves>
-inline __attribute__((always_inline)) void tile(
-    const Matrix& A, const Layout& L, const uint8_t* x, const float* of_x, float* scratch,
-    float* const* y, int64_t n) {
-  const int64_t row_bytes = L.K / 2, room = L.room();
-  const auto* weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
-  // Rows that come `ahead` are fetched meanwhile: no stride tells the hardware.
-  const int64_t tile_bytes = R * row_bytes, tiles = (fetched + tile_bytes - 1) / tile_bytes,
-                ahead = tiles * tile_bytes, width = A.scale == Scale::f32 ? 4 : 2;
-  for (int64_t i = 0; i < R * L.G * width; i += 64) {
-    const int64_t at = (n + tiles * R) * L.G * width + i;
-    __builtin_prefetch(static_cast<const char*>(A.scales) + at, 0, 2);
-    __builtin_prefetch(static_cast<const char*>(A.biases) + at, 0, 2);
-  }
-  float *scales = scratch, *biases = scratch + R * room;
-  for (int r = 0; r < R; ++r) {
-    widen(A.scales, A.scale, (n + r) * L.G, L.G, room, scales + r * room);
-    widen(A.biases, A.scale, (n + r) * L.G, L.G, room, biases + r * room);
-  }
-  __m256 total[R][M];
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) total[r][m] = _mm256_setzero_ps();
-  }
-  for (int64_t g = 0; g < L.sums; g += W) {
-    for (int r = 0; r < R; ++r) {
-      const __m256 b = _mm256_loadu_ps(biases + r * room + g);
-      for (int m = 0; m < M; ++m) {
-        total[r][m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(of_x + m * L.sums + g), total[r][m]);
-      }
+// sum_of() of four vectors, `apart` floats from one to the next.
+inline __m128 sums_of(const float* a, int64_t apart) {
+  const __m128 p = half_sum(a), q = half_sum(a + apart), r = half_sum(a + 2 * apart),
+               s = half_sum(a + 3 * apart);
+  const __m128 pq = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q));
+  const __m128 rs = _mm_add_ps(_mm_unpacklo_ps(r, s), _mm_unpackhi_ps(r, s));
+  return _mm_add_ps(_mm_movelh_ps(pq, rs), _mm_movehl_ps(rs, pq));
+}
+
+// Biases times sums of x: what the sums of an output row begin with.
+template <int M>
+inline __attribute__((always_inline)) void of_biases(
+    const Layout& L, const float* of_x, const float* biases, __m256i rest, float* total) {
+  __m256 sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_ps();
+  for (int64_t g = 0; g < L.G; g += W) {
+    const __m256 b =
+        g + W <= L.G ? _mm256_loadu_ps(biases + g) : _mm256_maskload_ps(biases + g, rest);
+    for (int m = 0; m < M; ++m) {
+      sum[m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(of_x + m * L.sums + g), sum[m]);
     }
   }
-  const int apart = A.group == 128;
-  for (int64_t k = 0; k < L.blocks; ++k, x += M * block_bytes) {
-    const bool part = (k + 1) * 32 > row_bytes; // the last 16 bytes of a row
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* from = weights + r * row_bytes + k * 32;
-      const auto* there = reinterpret_cast<const __m128i*>(from);
-      const Weights w(
-          part ? _mm256_zextsi128_si256(_mm_loadu_si128(there))
-               : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      if (k % 2 == 0) __builtin_prefetch(from + ahead, 0, 2);
-      const float* s = scales + r * room + (halves ? 2 * k : k >> apart);
-      const __m256 scale = halves
-          ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
-          : _mm256_broadcast_ss(s);
-      for (int m = 0; m < M; ++m) {
-        const uint8_t* xm = x + m * block_bytes;
-        const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(xm + 192));
-        total[r][m] = _mm256_fmadd_ps(whole(w, xm), _mm256_mul_ps(scale, unit), total[r][m]);
+  for (int m = 0; m < M; ++m) _mm256_store_ps(total + m * W, sum[m]);
+}
+
+// Blocks [begin, end) of an output row on top of `total`. per: blocks to a group, 0: two groups to
+// a block.
+template <int M, int per>
+inline __attribute__((always_inline)) void stretch(
+    const Layout& L, const uint8_t* weights, const uint8_t* x, const float* scales, float* total,
+    int64_t begin, int64_t end, int64_t ahead) {
+  constexpr bool held = M <= 4; // more don't fit into registers beside the weights
+  __m256 sum[M];
+  for (int m = 0; m < M && held; ++m) sum[m] = _mm256_load_ps(total + m * W);
+  weights += begin * 32;
+  x += begin * M * block_bytes;
+  auto block = [&](int64_t k, bool part) __attribute__((always_inline)) {
+    const auto* from = reinterpret_cast<const __m256i*>(weights);
+    const auto* half = reinterpret_cast<const __m128i*>(weights);
+    const Weights w(
+        part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(from));
+    const float* s = scales + (per == 0 ? 2 * k : k / per);
+    const __m256 scale = per == 0 && !part
+        ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
+        : _mm256_broadcast_ss(s);
+    for (int m = 0; m < M; ++m, x += block_bytes) {
+      const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(x + 192));
+      const __m256 by = _mm256_mul_ps(scale, unit);
+      if (held) {
+        sum[m] = _mm256_fmadd_ps(whole(w, x), by, sum[m]);
+      } else {
+        const __m256 before = _mm256_load_ps(total + m * W);
+        _mm256_store_ps(total + m * W, _mm256_fmadd_ps(whole(w, x), by, before));
       }
+    }
+    weights += 32;
+  };
+  const int64_t full = L.K / columns < end ? L.K / columns : end;
+  int64_t k = begin;
+  for (; k + 2 <= full; k += 2) {
+    __builtin_prefetch(weights + ahead, 0, 2);
+    block(k, false);
+    block(k + 1, false);
+  }
+  for (; k < full; ++k) block(k, false);
+  if (k < end) block(k, true);
+  for (int m = 0; m < M && held; ++m) _mm256_store_ps(total + m * W, sum[m]);
+}
+
+// y[m][n] for n in [begin, end), at most held_rows(L) of them.
+template <int M, int per>
+void run_rows(
+    const Matrix& A, const Layout& L, const float* packed, float* scratch, float* const* y,
+    int64_t begin, int64_t end) {
+  const auto* x = reinterpret_cast<const uint8_t*>(packed);
+  const float* of_x = packed + M * L.blocks * block_bytes / 4;
+  const int64_t count = end - begin, scales = count * L.G, row_bytes = L.row_bytes();
+  float *total = scratch, *room = scratch + held_rows(L) * M * W;
+  // What comes next is fetched meanwhile: no stride tells the hardware.
+  const int64_t width = A.scale == Scale::f32 ? 4 : 2;
+  for (int64_t i = 0; i < scales * width; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(A.scales) + end * L.G * width + i, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(A.biases) + end * L.G * width + i, 0, 2);
+  }
+  const float* scale = widened(A.scales, A.scale, begin * L.G, scales, room);
+  const float* bias = widened(A.biases, A.scale, begin * L.G, scales, room + scales);
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(L.G % W)), lane);
+  for (int64_t r = 0; r < count; ++r) {
+    of_biases<M>(L, of_x, bias + r * L.G, rest, total + r * M * W);
+  }
+  const auto* weights = static_cast<const uint8_t*>(A.w) + begin * row_bytes;
+  const int64_t blocks = stretch_bytes / (M * block_bytes) / 2 * 2;
+  const int64_t ahead =
+      L.blocks > blocks ? held_rows(L) * row_bytes : (fetched + row_bytes - 1) / row_bytes * row_bytes;
+  for (int64_t k = 0; k < L.blocks; k += blocks) {
+    const int64_t to = k + blocks < L.blocks ? k + blocks : L.blocks;
+    for (int64_t r = 0; r < count; ++r) {
+      stretch<M, per>(
+          L, weights + r * row_bytes, x, scale + r * L.G, total + r * M * W, k, to, ahead);
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int r = 0; r < R; ++r) y[m][n + r] = sum_of(total[r][m]);
+    const float* sums = total + m * W;
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+      _mm_storeu_ps(y[m] + begin + r, sums_of(sums + r * M * W, M * W));
+    }
+    for (; r < count; ++r) y[m][begin + r] = sum_of(sums + r * M * W);
   }
 }
 
-template <int M, bool halves>
-void run_rows(
-    const Matrix& A, const float* packed, float* scratch, float* const* y, int begin, int end) {
-  constexpr int R = 4;
-  const Layout L(A);
-  const auto* x = reinterpret_cast<const uint8_t*>(packed);
-  const float* of_x = packed + M * L.blocks * block_bytes / 4;
-  int n = begin;
-  for (; n + R <= end; n += R) tile<R, M, halves>(A, L, x, of_x, scratch, y, n);
-  for (; n < end; ++n) tile<1, M, halves>(A, L, x, of_x, scratch, y, n);
-}
-
-template <bool halves>
+template <int per>
 void run_groups(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
-  switch (M) {
-    case 1: return run_rows<1, halves>(A, packed, scratch, y, begin, end);
-    case 2: return run_rows<2, halves>(A, packed, scratch, y, begin, end);
-    case 3: return run_rows<3, halves>(A, packed, scratch, y, begin, end);
-    case 4: return run_rows<4, halves>(A, packed, scratch, y, begin, end);
-    case 5: return run_rows<5, halves>(A, packed, scratch, y, begin, end);
-    case 6: return run_rows<6, halves>(A, packed, scratch, y, begin, end);
-    case 7: return run_rows<7, halves>(A, packed, scratch, y, begin, end);
-    case 8: return run_rows<8, halves>(A, packed, scratch, y, begin, end);
+  const Layout L(A);
+  for (int64_t n = begin, to; n < end; n = to) {
+    to = n + held_rows(L) < end ? n + held_rows(L) : end;
+    switch (M) {
+      case 1: run_rows<1, per>(A, L, packed, scratch, y, n, to); break;
+      case 2: run_rows<2, per>(A, L, packed, scratch, y, n, to); break;
+      case 3: run_rows<3, per>(A, L, packed, scratch, y, n, to); break;
+      case 4: run_rows<4, per>(A, L, packed, scratch, y, n, to); break;
+      case 5: run_rows<5, per>(A, L, packed, scratch, y, n, to); break;
+      case 6: run_rows<6, per>(A, L, packed, scratch, y, n, to); break;
+      case 7: run_rows<7, per>(A, L, packed, scratch, y, n, to); break;
+      case 8: run_rows<8, per>(A, L, packed, scratch, y, n, to); break;
+    }
   }
 }
 
@@ -318,8 +196,9 @@ void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_avx2().run(A, M, packed, scratch, y, begin, end);
-  if (A.group == 32) return run_groups<true>(A, M, packed, scratch, y, begin, end);
-  run_groups<false>(A, M, packed, scratch, y, begin, end);
+  if (A.group == 32) return run_groups<0>(A, M, packed, scratch, y, begin, end);
+  if (A.group == 64) return run_groups<1>(A, M, packed, scratch, y, begin, end);
+  run_groups<2>(A, M, packed, scratch, y, begin, end);
 }
 
 void swiglu(float* gate, const float* up, int64_t count) {

@@ -1,0 +1,192 @@
+// What rows of x are packed to for rows_maddubs.cpp, and 64 weights times them.
+//
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into a
+// signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
+#pragma once
+
+#include <immintrin.h>
+
+#include "rows.h"
+
+namespace streamer {
+namespace {
+
+constexpr int W = 8;
+constexpr int64_t columns = 64; // of a block, 32 bytes of weights
+// Of a row of x, for a block: h of every fourth value from the first, third, second and fourth on;
+// l of the even ones, then of the odd ones; eight units.
+constexpr int64_t block_bytes = 7 * 32;
+
+struct Layout {
+  int64_t K, G, blocks, sums;
+
+  explicit Layout(const Matrix& A)
+      : K(A.K),
+        G(A.K / A.group),
+        blocks((A.K + columns - 1) / columns),
+        sums((G + W - 1) / W * W) {}
+
+  int64_t row_bytes() const {
+    return K / 2;
+  }
+};
+
+bool known(const Matrix& A) {
+  return A.format == Format::affine && A.bits == 4;
+}
+
+// Every other byte of 64, those at even places or, `shift` 8, at odd ones.
+template <int shift>
+inline __m256i every_other(__m256i a, __m256i b) {
+  const __m256i low = _mm256_set1_epi16(255);
+  if (shift == 8) {
+    a = _mm256_srli_epi16(a, 8);
+    b = _mm256_srli_epi16(b, 8);
+  } else {
+    a = _mm256_and_si256(a, low);
+    b = _mm256_and_si256(b, low);
+  }
+  return _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xd8);
+}
+
+// The lowest bytes of 32 integers.
+inline __m256i lowest(const __m256i* q) {
+  const __m256i low = _mm256_set1_epi32(255), order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m256i a = _mm256_packus_epi32(_mm256_and_si256(q[0], low), _mm256_and_si256(q[1], low));
+  const __m256i b = _mm256_packus_epi32(_mm256_and_si256(q[2], low), _mm256_and_si256(q[3], low));
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
+}
+
+// In lane i of the first and of the second half, the largest of that half of a, b, c, d.
+inline __m256i largest(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i p = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i q = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return _mm256_max_epi32(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
+}
+
+// Eight times eight neighbours as integers below 2^23, and the powers of two that bring them back.
+inline void fixed(const float* x, __m256i* q, float* units) {
+  const __m256i positive = _mm256_set1_epi32(0x7fffffff);
+  __m256i a[8];
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + W * i)), positive);
+  }
+  const __m256i r = largest(a[0], a[1], a[2], a[3]), s = largest(a[4], a[5], a[6], a[7]);
+  const __m256i bits = _mm256_max_epi32(
+      _mm256_permute2x128_si256(r, s, 0x20), _mm256_permute2x128_si256(r, s, 0x31));
+  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
+  __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), full);
+  exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(32));
+  // x < 2^(exponent - 126), and 22 bits more are kept.
+  const __m256i back = _mm256_sub_epi32(exponent, _mm256_set1_epi32(22));
+  const __m256i up = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(254), back), 23);
+  const __m256i wild = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7fffff));
+  _mm256_store_ps(
+      units, _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(back, 23), wild)));
+  for (int i = 0; i < 8; ++i) {
+    const __m256i every = _mm256_permutevar8x32_epi32(up, _mm256_set1_epi32(i));
+    q[i] = _mm256_cvtps_epi32(
+        _mm256_mul_ps(_mm256_loadu_ps(x + W * i), _mm256_castsi256_ps(every)));
+  }
+}
+
+// 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
+struct Weights {
+  __m256i even, odd, quarters[4];
+
+  explicit Weights(__m256i nibbles) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
+    even = _mm256_and_si256(nibbles, nibble);
+    odd = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), nibble);
+    quarters[0] = _mm256_slli_epi16(even, 8);
+    quarters[1] = _mm256_and_si256(even, upper);
+    quarters[2] = _mm256_slli_epi16(odd, 8);
+    quarters[3] = _mm256_and_si256(odd, upper);
+  }
+};
+
+// Sum over each lane's values of x times w, as the integers that they stand for.
+inline __m256 whole(const Weights& w, const uint8_t* x) {
+  const auto* from = reinterpret_cast<const __m256i*>(x);
+  const __m256i a = _mm256_add_epi32(
+      _mm256_madd_epi16(w.quarters[0], _mm256_load_si256(from)),
+      _mm256_madd_epi16(w.quarters[1], _mm256_load_si256(from + 1)));
+  const __m256i b = _mm256_add_epi32(
+      _mm256_madd_epi16(w.quarters[2], _mm256_load_si256(from + 2)),
+      _mm256_madd_epi16(w.quarters[3], _mm256_load_si256(from + 3)));
+  const __m256i l = _mm256_add_epi16(
+      _mm256_maddubs_epi16(w.even, _mm256_load_si256(from + 4)),
+      _mm256_maddubs_epi16(w.odd, _mm256_load_si256(from + 5)));
+  const __m256i sum = _mm256_add_epi32(
+      _mm256_add_epi32(a, b), _mm256_madd_epi16(l, _mm256_set1_epi16(1)));
+  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
+}
+
+// h of eight times eight values, into four vectors.
+inline void high_digits(const __m256i* q, __m256i* to) {
+  __m256i y[4];
+  for (int i = 0; i < 4; ++i) {
+    // The first and the fifth of eight side by side, the second and the sixth...
+    const __m256i first = _mm256_permute2x128_si256(q[i], q[i + 4], 0x20);
+    const __m256i last = _mm256_permute2x128_si256(q[i], q[i + 4], 0x31);
+    y[i] = _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16), 0xaa);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(y[0], y[1]), b = _mm256_unpackhi_epi32(y[0], y[1]);
+  const __m256i c = _mm256_unpacklo_epi32(y[2], y[3]), d = _mm256_unpackhi_epi32(y[2], y[3]);
+  _mm256_store_si256(to, _mm256_unpacklo_epi64(a, c));
+  _mm256_store_si256(to + 1, _mm256_unpacklo_epi64(b, d));
+  _mm256_store_si256(to + 2, _mm256_unpackhi_epi64(a, c));
+  _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
+}
+
+// One block of one row of x, zeros after `count`, and its lanes' sums.
+inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
+  alignas(32) float tail[columns];
+  if (count < columns) {
+    for (int64_t i = 0; i < columns; ++i) tail[i] = i < count ? x[i] : 0.0f;
+    x = tail;
+  }
+  float* units = reinterpret_cast<float*>(out + 192);
+  __m256i q[8];
+  fixed(x, q, units);
+  auto* to = reinterpret_cast<__m256i*>(out);
+  const __m256i a = lowest(q), b = lowest(q + 4), half = _mm256_set1_epi32(128);
+  _mm256_store_si256(to + 4, every_other<0>(a, b));
+  _mm256_store_si256(to + 5, every_other<8>(a, b));
+  for (__m256i& one : q) one = _mm256_srai_epi32(_mm256_add_epi32(one, half), 8);
+  high_digits(q, to);
+  const Weights ones(_mm256_set1_epi8(17));
+  return _mm256_mul_ps(whole(ones, out), _mm256_load_ps(units));
+}
+
+int64_t packed(const Matrix& A, int M) {
+  if (!known(A)) return rows_avx2().packed(A, M);
+  const Layout L(A);
+  return M * (L.blocks * block_bytes / 4 + L.sums);
+}
+
+void pack(const Matrix& A, int M, const float* const* x, float* out) {
+  if (!known(A)) return rows_avx2().pack(A, M, x, out);
+  const Layout L(A);
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  float* sums = out + M * L.blocks * block_bytes / 4;
+  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
+  const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
+  for (int64_t k = 0; k < L.blocks; ++k) {
+    for (int m = 0; m < M; ++m, to += block_bytes) {
+      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, to);
+      // Of each half of the block: a group of 32, or a part of one.
+      const __m128 four =
+          _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+      const __m128 two = _mm_hadd_ps(four, four);
+      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
+      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
+    }
+  }
+}
+
+} // namespace
+} // namespace streamer
