@@ -61,9 +61,14 @@ class Foresight:
         self._working: list[Tally] = []  # of sources that guess in this pass
         self._tokens = np.zeros(0, dtype=np.int32)
         self.busy = Mean()  # share of its time that the disk reads
-        self._learning = False  # the sources observe this pass
+        self._learning: list[Guesser] = []  # sources that observe this pass
         self._guessing = False  # and guess in it
         self._at, self._nbytes = 0.0, 0  # when it was last looked at, and bytes read until then
+
+    @property
+    def learns(self) -> bool:
+        """Whether a source is to observe passes in which it does not guess."""
+        return any(guesser.learns for guesser in self._sources.values())
 
     def use(self, sources: Mapping[str, Guesser]) -> None:
         """Guess by these."""
@@ -75,7 +80,8 @@ class Foresight:
 
         guess: by the sources, which else only observe it; rehearse: layers may be rehearsed.
         """
-        self._tokens, self._learning, self._guessing = tokens, bool(self._sources), guess
+        self._tokens, self._guessing = tokens, guess
+        self._learning = [one for one in self._sources.values() if one.learns and len(tokens)]
         names = [*(self._sources if guess else ()), *([REHEARSAL] if rehearse else ())]
         self._working = [self._tallies.setdefault(name, Tally()) for name in names]
         self._clock()
@@ -84,7 +90,7 @@ class Foresight:
 
     def end(self) -> None:
         """The pass is over."""
-        self._learning = False
+        self._learning, self._guessing = [], False
         self._working = []
         self._named.clear()
         self._read.clear()
@@ -108,10 +114,12 @@ class Foresight:
             tally.misses += len(misses)
         if self._named:
             self._score(layer, misses)
-        if not self._learning or len(self._tokens) * ids.shape[-1] != ids.size:
+        if not (self._learning or self._guessing):
+            return
+        if len(self._tokens) * ids.shape[-1] != ids.size:
             return
         rows = ids.reshape(len(self._tokens), -1)
-        for guesser in self._sources.values():
+        for guesser in self._learning:
             guesser.observe(layer, self._tokens, rows)
         if self._guessing:
             given = None

@@ -45,6 +45,8 @@ class Moment(NamedTuple):
 
 
 class Guesser(Protocol):
+    learns: bool  # by observing, so that it is to observe passes in which it does not guess
+
     def observe(self, layer: int, tokens: np.ndarray, ids: np.ndarray) -> None:
         """The layer chose ids [T, k] for tokens [T], which were kept."""
 
@@ -54,6 +56,8 @@ class Guesser(Protocol):
 
 class Previous:
     """The choices of the last row."""
+
+    learns = True
 
     def __init__(self, layers: int):
         self._last: list[list[int]] = [[] for _ in range(layers)]
@@ -73,6 +77,8 @@ class Previous:
 
 class Frequency:
     """Twice as many as a row asks of a layer, by their share of rows so far."""
+
+    learns = True
 
     def __init__(self, counts: Sequence[int], top_k: int):
         self._uses = [np.zeros(n) for n in counts]
@@ -97,6 +103,8 @@ class Token:
     once is not guessed yet. A token whose place another took is forgotten. Of the first 16384
     experts of a layer.
     """
+
+    learns = True
 
     def __init__(self, layers: int, top_k: int):
         self._width = 2 * top_k
@@ -144,6 +152,8 @@ class Router:
     What was normed for one layer is rescaled for the next: gate[l + 1](x * w[l + 1] / w[l]).
     """
 
+    learns = False
+
     def __init__(self, gates: Sequence[Any], norms: Sequence[mx.array], top_k: int):
         """gates: of each layer, x [T, D] -> logits [T, n]; norms: weights [D] before them."""
         self._k, self._gates = top_k, list(gates)
@@ -182,6 +192,8 @@ class Router:
 class Rehearsed:
     """What layers chose that were run ahead with the experts at hand."""
 
+    learns = False
+
     def __init__(self) -> None:
         self._named: list[Guess] = []
 
@@ -197,7 +209,7 @@ class Rehearsed:
 
 
 SOURCES = ("token", "router", "previous", "frequency")
-USEFUL = ("token", "router")  # of these, where they are not chosen by name
+USEFUL = ("router",)  # of these, where they are not chosen by name
 
 
 def sources_of(

@@ -172,7 +172,9 @@ class Rehearsal:
 
     def _learns(self, rows: int) -> bool:
         """Whether guessers observe a pass in which they do not guess."""
-        return "guess" in self._open and rows in self._ways and self._ways[rows].hopeful("guess")
+        if "guess" not in self._open or not any(self._sight(run).learns for run in self._runs):
+            return False
+        return rows in self._ways and self._ways[rows].hopeful("guess")
 
     def _sight(self, run: Executor) -> Foresight:
         assert run.foresight is not None

@@ -9,7 +9,9 @@
 
 Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer;
 another way is tried for a few passes when what its trial can lose is a small share of the time
-gone by, and only where the numbers leave it something to gain.
+gone by, and only where the numbers leave it something to gain. Passes differ by more than ways do:
+a trial ends early only where it is clearly slower, and the way that another took the place of is
+tried again soon, since it was measured before that.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk 
 DELAY = 0.7e-3  # seconds that they may hold up a demand
 FADING = 0.1  # weight of the newest sample
 FIRST = 6  # passes before any trial
-TRIAL = 3  # passes of a trial; the first of them is not counted
+TRIAL = 4  # passes of a trial; the first of them is not counted
 WINDOW = 16  # passes whose median is a way's cost
+ENOUGH = 12  # of them, with which a trial is over
+SLOWER = 1.05  # by which a way is slower that is left before
 # share of time that trials may lose; guessing differs little from looking ahead
 PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
 LEAST = 0.1  # what a trial is thought to lose of its time, at least
@@ -37,6 +41,7 @@ PAUSE = 4  # times what a pass takes: the most that one is taken for
 MARGIN = 1.01  # by which another way must be faster to be changed to
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
 FORGOTTEN = 0.8  # and by how much
+SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
 WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
 RARE = 0.5  # layers of a pass that miss, above which rehearsing all of it does not pay
 
@@ -111,12 +116,16 @@ class Effort:
         return not self._idle
 
     def pays(self, left: float) -> bool:
-        """Whether a layer is rehearsed in the time that is `left`, and the way back gone."""
-        return left > self._layer.value + self._return.value
+        """Whether a layer is rehearsed in the time that is `left`, and the way back gone.
+
+        Somewhat more than that: what is at hand of the layer that waits is computed again, and
+        reads take longer while something computes.
+        """
+        return left > SLACK * self._layer.value + self._return.value
 
     def goes_on(self, left: float) -> bool:
-        """Whether to rehearse one more, back at the waiting layer no more than half too late."""
-        return left > self._layer.value / 2 + self._return.value
+        """Whether to rehearse one more, and be back at the waiting layer in time."""
+        return left > self._layer.value + self._return.value
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,7 @@ class Ways:
         self._best: Way = ways[0]
         self._trial: Way | None = None
         self._left = 0  # passes of the trial
+        self._back: tuple[Way, int] | None = None  # to be tried again, after so many passes
         self._last: Way | None = None
         self._passes = 0
         self._time = 0.0
@@ -153,11 +163,11 @@ class Ways:
 
     def choose(self) -> Way:
         """The way of the next pass."""
+        if self._left == 0 and self._trial is not None:
+            self._judge(self._trial)
         if self._left == 0:
-            self._decide()
-        if self._left and self._trial is not None:
-            return self._trial
-        return self._best
+            self._begin()
+        return self._best if self._trial is None else self._trial
 
     def record(self, way: Way, seen: Seen) -> None:
         """A pass was run that way."""
@@ -177,24 +187,51 @@ class Ways:
             self._left -= 1
             self._tried[way] = self._time
 
-    def _decide(self) -> None:
-        known = {w: statistics.median(s) for w, s in self._costs.items() if len(s) > 1}
-        if self._best not in known:
+    def _cost(self, way: Way) -> float | None:
+        """Seconds of a pass, None while unknown."""
+        found = self._costs[way]
+        return statistics.median(found) if len(found) > 1 else None
+
+    def _judge(self, way: Way) -> None:
+        """So many passes of a trial are over: whether it goes on, and if not, what came of it."""
+        best, cost = self._cost(self._best), self._cost(way)
+        assert best is not None and cost is not None
+        if len(self._costs[way]) < ENOUGH and cost < SLOWER * best:
+            self._left = TRIAL - 1
             return
-        least = min(known, key=lambda w: known[w])
-        if known[self._best] > MARGIN * known[least]:
-            self._best = least
-        if self._passes < FIRST:
+        again = self._back is not None and self._back[0] == way
+        if best > MARGIN * cost:
+            if self._back is None:
+                self._back = self._best, self._passes + WINDOW
+            self._best = way
+        if again:
+            self._back = None
+        self._trial = None
+
+    def _begin(self) -> None:
+        """A trial, if it is time for one."""
+        best = self._cost(self._best)
+        if best is None or self._passes < FIRST:
             return
-        for way in self._ways:
-            if way == self._best or not self.hopeful(way):
-                continue
-            slower = known[way] / known[self._best] - 1 if way in known else 0.0
-            lost = TRIAL * self._seconds.value * max(LEAST, slower)
-            if way not in known or PROBING[way] * (self._time - self._tried[way]) > lost:
-                self._trial, self._left = way, TRIAL
-                self._costs[way].clear()  # of another time
+        others = [w for w in self._ways if w != self._best and self.hopeful(w)]
+        if unknown := [w for w in others if self._cost(w) is None]:
+            self._try(unknown[0])
+            return
+        if self._back is not None:
+            if self._passes >= self._back[1]:
+                self._try(self._back[0])
+            return
+        for way in others:
+            cost = self._cost(way)
+            assert cost is not None
+            lost = TRIAL * self._seconds.value * max(LEAST, cost / best - 1)
+            if PROBING[way] * (self._time - self._tried[way]) > lost:
+                self._try(way)
                 return
+
+    def _try(self, way: Way) -> None:
+        self._trial, self._left = way, TRIAL
+        self._costs[way].clear()  # of another time
 
     def hopeful(self, way: Way) -> bool:
         """Whether there is anything to gain."""

@@ -92,6 +92,8 @@ def test_the_next_router_is_asked_with_the_norm_of_its_own_layer(width: int) -> 
 class _Named:
     """A guesser that says what it is told to."""
 
+    learns = True
+
     def __init__(self, *guesses: Guess):
         self.guesses = guesses
 

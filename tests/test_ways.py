@@ -101,7 +101,7 @@ def test_where_no_wait_is_long_enough_nothing_is_done_but_once_in_a_while() -> N
         effort.resumed(0.5)
         pace.saw(10, 0.5)
     assert pace.long() == pytest.approx(1.0)
-    assert effort.worth(1.6)
+    assert effort.worth(1.8)
     done = []
     for _ in range(900):
         done.append(effort.worth(pace.long()))
@@ -117,5 +117,5 @@ def test_rehearsing_pays_only_in_time_that_is_there() -> None:
     for _ in range(20):
         effort.looked(1.0)
         effort.resumed(0.5)
-    assert effort.pays(1.6) and not effort.pays(1.4)
-    assert effort.goes_on(1.1) and not effort.goes_on(0.9)
+    assert effort.pays(1.8) and not effort.pays(1.6)
+    assert effort.goes_on(1.6) and not effort.goes_on(1.4)
