@@ -39,8 +39,8 @@ class Pager(Protocol):
         None where it wants to be asked for every choice.
         """
 
-    def found(self, ids: mx.array) -> None:
-        """Experts [1, T, k] were chosen, and used: all had slots."""
+    def found(self, pagers: Sequence[Any], ids: np.ndarray) -> None:
+        """These, in turn, had slots for all that was chosen, int32 [n, T, k], and used."""
 
     def fetch(self, ids: mx.array, x: mx.array) -> tuple[mx.array, Arrivals]:
         """For experts [1, T, k] of the router's x, evaluated: slots, int32, those being read."""
@@ -247,13 +247,13 @@ class Pages:
         while True:
             at = len(gave)
             slots = [pager.slots() for pager in self._pagers[at:]]
-            now, waited = native.go_on(
+            now, choices, waited = native.go_on(
                 self._ops[at:], states[at:], inputs, slots, tape is not None, arrivals
             )
             if at:
                 self._pagers[at - 1].arrived(waited)
-            for pager, out in zip(self._pagers[at:], now[:-1], strict=False):
-                pager.found(out[2])
+            if len(now) > 1:
+                self._pagers[at].found(self._pagers[at : at + len(now) - 1], choices)
             gave += now
             at = len(gave)
             if at == len(self._rows):

@@ -154,6 +154,9 @@ class _AllThere:
     def chose(self, layer: int, ids: Any) -> None:
         return
 
+    def chose_in_turn(self, layer: int, ids: Any) -> None:
+        return
+
     def expect_nothing(self) -> None:
         return
 
@@ -172,4 +175,6 @@ def _all_there(runs: Sequence[Executor]) -> Iterator[None]:
         for run, pool, used in zip(runs, pools, uses, strict=True):
             run.settle()
             run.moved()
-            run.pool, run.uses = pool, used
+            run.pool = pool
+            for mine, was in zip(run.uses, used, strict=True):
+                mine[:] = was

@@ -52,11 +52,11 @@ class Fetching:
         return run.pool.slot_of[layer]
 
     def found(self, layer: int, ids: np.ndarray) -> None:
-        """Experts ids [..., k] of `slots` were chosen and used; nothing was asked for since."""
+        """The layers from `layer` on chose ids [n, rows, k] of `slots`, and they were used."""
         run = self._run
         run.settle()
-        self.rows.add(ids.size // ids.shape[-1])
-        run.confirmed(layer, ids, sorted(set(ids.reshape(-1).tolist())))
+        self.rows.add(ids.shape[1])
+        run.found(layer, ids)
 
     def fetch(
         self, layer: int, ids: np.ndarray, x: mx.array | None = None

@@ -30,6 +30,7 @@ class Lrfu(SlotPool):
         super().__init__(slots, experts)
         ends = np.cumsum([0, *experts])
         self._parts = [slice(a, b) for a, b in pairwise(ends)]
+        self._starts = ends[:-1]
         self._layer = np.repeat(np.arange(len(experts)), experts)  # of every expert
         self._heat = np.zeros(self.total)  # expected number of the last 1 / (1 - DECAY) rows
         self._heats = [self._heat[part] for part in self._parts]
@@ -57,12 +58,18 @@ class Lrfu(SlotPool):
         heat *= DECAY**rows
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
 
+    def chose_in_turn(self, layer: int, ids: np.ndarray) -> None:
+        self._at = layer + len(ids) - 1
+        self._heat[self._parts[layer].start : self._parts[self._at].stop] *= DECAY
+        self._heat[self._starts[layer : self._at + 1, None] + ids] += 1
+
     def seed(self, layer: int, shares: np.ndarray) -> None:
         self.heat(layer)[:] = shares / (1 - DECAY)
 
     def touch(self, layer: int, experts: Iterable[int]) -> None:
-        for expert in experts:
-            self._settle(layer, int(expert))
+        if self._unused or self._expected:
+            for expert in experts:
+                self._settle(layer, int(expert))
 
     def expect(self, layer: int, experts: Iterable[int]) -> None:
         for expert in experts:

@@ -7,6 +7,7 @@ calls, which remain for prefill, rehearsals and families without such an operati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -30,9 +31,19 @@ class Pager:
         """
         return self._calls.slots(self._layer)
 
-    def found(self, ids: mx.array) -> None:
-        """Experts [..., k] were chosen, and used: all had slots."""
-        self._calls.found(self._layer, np.array(ids))
+    def found(self, pagers: Sequence[Pager], ids: np.ndarray) -> None:
+        """These, in turn, had slots for all that was chosen, [n, rows, k], and used."""
+        at = 0
+        while at < len(pagers):
+            first, end = pagers[at], at + 1
+            while end < len(pagers) and pagers[end]._follows(first, end - at):
+                end += 1
+            first._calls.found(first._layer, ids[at:end])
+            at = end
+
+    def _follows(self, first: Pager, count: int) -> bool:
+        """Whether it is so many layers behind another of its pool."""
+        return self._run is first._run and self._layer == first._layer + count
 
     def fetch(
         self, ids: mx.array, x: mx.array | None = None

@@ -35,6 +35,11 @@ class SlotPool:
     def chose(self, layer: int, ids: np.ndarray) -> None:
         """A router chose ids [..., k], rows in order; told before the pool changes for them."""
 
+    def chose_in_turn(self, layer: int, ids: np.ndarray) -> None:
+        """The routers of the layers from `layer` on chose ids [n, k], for one row."""
+        for i, one in enumerate(ids, layer):
+            self.chose(i, one)
+
     def seed(self, layer: int, shares: np.ndarray) -> None:
         """Expert e of the layer is chosen by shares[e] of rows, by what was seen elsewhere."""
 

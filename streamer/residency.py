@@ -49,7 +49,10 @@ class Residency:
         self.counters = counters
         self.ahead = ReadAhead(self.pool)
         self.fresh: set[tuple[int, int]] = set()  # read ahead, resident, not yet asked for
-        self.uses = [np.zeros(layer.count, dtype=np.int64) for layer in layers]  # by pairs
+        ends = np.cumsum([0, *(layer.count for layer in layers)])
+        self._starts = ends[:-1]  # of layers, among all experts
+        self._uses = np.zeros(ends[-1], dtype=np.int64)
+        self.uses = np.split(self._uses, ends[1:-1])  # of each layer's experts, by pairs
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
         self.pace = Pace()
@@ -113,9 +116,25 @@ class Residency:
         self._chose(layer, ids)
         self._hit(layer, ids, hits, [])
 
+    def found(self, layer: int, ids: np.ndarray) -> None:
+        """Calls of the layers from `layer` on, ids [n, rows, k], ran with experts at hand."""
+        if ids.shape[1] > 1 or self.fresh or self.watch is not None:
+            for i, one in enumerate(ids, layer):
+                self.confirmed(i, one, sorted(set(one.reshape(-1).tolist())))
+            return
+        chosen = ids[:, 0]  # a row's experts differ from one another
+        self.pool.chose_in_turn(layer, chosen)
+        self._uses[self._starts[layer : layer + len(ids), None] + chosen] += 1
+        self.counters.hits += chosen.size
+        for i, one in enumerate(chosen.tolist(), layer):
+            self.pool.touch(i, sorted(one))
+
     def _chose(self, layer: int, ids: np.ndarray) -> None:
         self.pool.chose(layer, ids)
-        np.add.at(self.uses[layer], ids.reshape(-1), 1)
+        if ids.size == ids.shape[-1]:
+            self.uses[layer][ids.reshape(-1)] += 1
+        else:
+            np.add.at(self.uses[layer], ids.reshape(-1), 1)
 
     def _hit(self, layer: int, ids: np.ndarray, hits: list[int], misses: list[int]) -> None:
         fresh = self._used(layer, hits) if self.fresh else frozenset()

@@ -39,12 +39,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Notes:
-    """What a model was told and did: choices, and (layer, expert) in the order of eviction."""
+    """What a model was told, if it is watched, and the (layer, expert) it evicted, in order."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, watched: bool):
         self.choices: list[tuple[int, list[int], list[int]]] = []
         self.evicted: list[tuple[int, int]] = []
-        model.streamer.watch = self
+        model.streamer.watch = self if watched else None
         for run in model.streamer.executors:
             run.pool.evict = self._noted(run.pool.evict)
 
@@ -92,14 +92,15 @@ def same(ours: list[mx.array], theirs: list[mx.array]) -> bool:
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("taped", [False, True])
 @pytest.mark.parametrize("slots", [12, 24, 40, 60])
 def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
-    tiny: Path, slots: int, taped: bool
+    tiny: Path, slots: int, taped: bool, watched: bool
 ) -> None:
     ours, own = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
     ask_at_each(own)
-    notes, own_notes = Notes(ours), Notes(own)
+    notes, own_notes = Notes(ours, watched), Notes(own, watched)
     rows = ROWS * 3 if taped else [1] * 24
     got = passes(ours, make_prompt_cache(ours), rows, taped)
     assert same(got, passes(own, make_prompt_cache(own), rows, taped))
@@ -240,8 +241,8 @@ def test_what_does_not_fit_a_chain_is_refused(tiny: Path) -> None:
         native.go_on([row.op], [], tokens, [])
     with pytest.raises(ValueError, match="don't fit the segments"):
         native.go_on([row.op, row.op], [states, states], tokens, [])
-    gave, waited = native.go_on([row.op], [states], tokens, [])
-    assert len(gave) == 1 and not waited
+    gave, choices, waited = native.go_on([row.op], [states], tokens, [])
+    assert len(gave) == 1 and not choices.size and not waited
     model.streamer.close()
 
 

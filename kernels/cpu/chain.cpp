@@ -38,7 +38,7 @@ std::vector<Arrays> go_on(
     const Arrays& out = gave.back();
     check(turn.op->routes(), "chain: only the last segment has no router");
     const auto slots = slots_of(out[2], turn);
-    if (!slots) break;
+    if (!slots || out[2].size() != gave[0][2].size()) break;
     inputs = {out[0], out[1], *slots, out[3], out[4]};
   }
   return gave;

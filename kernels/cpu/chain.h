@@ -18,8 +18,9 @@ struct Turn {
 };
 
 // What each turn gave, at once on this thread and its helpers: all turns, or those up to the first
-// whose router chose an absent expert, or, where arrivals did not come, the first alone. inputs,
-// arrivals: the first one's; came: whether they did. Nobody may change slots meanwhile.
+// whose router chose an absent expert or other than k experts of the first one's k, or, where arrivals
+// did not come, the first alone. inputs, arrivals: the first one's; came: whether they did. Nobody may
+// change slots meanwhile.
 std::vector<std::vector<mx::array>> go_on(
     std::vector<Turn> turns,
     std::vector<mx::array> inputs,

@@ -34,6 +34,20 @@ std::vector<streamer::Arrival> waits_of(const std::vector<ArrivalOf>& arrivals, 
   return waits;
 }
 
+// What the routers of all but the last of these chose, [segments - 1, T, k].
+nb::ndarray<nb::numpy, int32_t> choices_of(const std::vector<std::vector<mx::array>>& gave) {
+  const size_t count = gave.size() - 1;
+  const bool any = count > 0;
+  const size_t rows = any ? gave[0][2].shape(-2) : 0, k = any ? gave[0][2].shape(-1) : 0;
+  auto* ids = new std::vector<int32_t>();
+  nb::capsule owner(ids, [](void* all) noexcept { delete static_cast<std::vector<int32_t>*>(all); });
+  for (size_t i = 0; i < count; ++i) {
+    const auto* from = gave[i][2].data<int32_t>();
+    ids->insert(ids->end(), from, from + rows * k);
+  }
+  return nb::ndarray<nb::numpy, int32_t>(ids->data(), {count, rows, k}, owner);
+}
+
 } // namespace
 
 void bind_chain(nb::module_& m) {
@@ -69,12 +83,14 @@ void bind_chain(nb::module_& m) {
           nb::gil_scoped_release free;
           gave = streamer::go_on(std::move(turns), std::move(inputs), waits, came);
         }
-        return std::make_pair(std::move(gave), waited);
+        auto choices = choices_of(gave);
+        return std::make_tuple(std::move(gave), std::move(choices), waited);
       },
       "ops"_a, "states"_a, "inputs"_a, "slots"_a, "taped"_a = false,
       "arrivals"_a = std::vector<ArrivalOf>(),
       "Segments in a row, at once, up to the first whose router chose an absent expert. states: the "
       "states, offset and fresh of each; slots: for each but the last int32 [experts], -1 where one "
       "is absent, None to stop there; arrivals: (pairs, ticket) of the first one's experts that are "
-      "still being read. What each that ran gave, and the seconds waited.");
+      "still being read. Gives what each that ran gave, what all but the last of them chose, int32 "
+      "[n, T, k], and the seconds waited.");
 }
