@@ -98,7 +98,7 @@ class Foresight:
     @property
     def listens(self) -> bool:
         """Whether `chose` matters for calls that miss nothing."""
-        return self._learning or bool(self._named)
+        return bool(self._learning or self._guessing or self._named)
 
     def _clock(self) -> None:
         """How busy the disk was since the pass before."""
