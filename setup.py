@@ -64,9 +64,13 @@ class BuildKernels(build_ext):
                 return False
             return True
 
-    def build_extension(self, ext: Extension) -> None:
+    def choose_flags(self) -> None:
+        """Sources for AMX compile to nothing where the compiler has none."""
         if platform.machine().lower() in ("x86_64", "amd64") and not self.knows_tiles():
             X86["amx"] = X86["tiles"] = VNNI
+
+    def build_extension(self, ext: Extension) -> None:
+        self.choose_flags()
 
         def compiled(source: str) -> list[str]:
             return self.compiler.compile(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import link_requirements
+from setuptools import Distribution
 
 from kernels import backend
 
@@ -94,6 +98,30 @@ def test_without_a_compiler_the_install_works_and_says_so_once(
     done = run(python, tmp_path / "site", tmp_path)
     assert done.stdout.startswith("kernels: MLX's own")
     assert done.stderr.count("RuntimeWarning: CPU kernels are off") == 1
+
+
+def test_a_compiler_without_amx_leaves_that_set_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("c++") is None or platform.machine() != "x86_64":
+        pytest.skip("no x86 compiler")
+    refusing = tmp_path / "c++"
+    refusing.write_text(
+        '#!/bin/sh\nfor a; do case "$a" in -mamx*) exit 1;; esac; done\nexec c++ "$@"\n'
+    )
+    refusing.chmod(0o755)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    script = runpy.run_path(str(ROOT / "setup.py"))
+    command = script["BuildKernels"](Distribution())
+    command.compiler = importlib.import_module("distutils.ccompiler").new_compiler()  # setuptools'
+    command.compiler.set_executables(compiler_so=[refusing], compiler_so_cxx=[refusing])
+    command.choose_flags()
+    for name in ("rows_amx.cpp", "codes_tiles.cpp"):
+        source = str(ROOT / "kernels" / "cpu" / name)
+        chosen = script["flags"](source)
+        assert "-mavx512vnni" in chosen and "-mamx-tile" not in chosen
+        (made,) = command.compiler.compile([source], str(tmp_path), extra_postargs=chosen)
+        assert Path(made).is_file()
 
 
 def test_turned_off_it_is_not_missed() -> None:
