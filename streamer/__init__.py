@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import interrupted  # noqa: F401  # first: it sees to Ctrl-C while the others are imported
 from .errors import StreamerError
 
 __version__ = "0.1.0"

@@ -36,6 +36,7 @@ from .bench_rows import LLAMA, MEMORY, Configuration, Run, crossed, row, suite, 
 from .bench_worker import Worker, serve
 from .console import Parser, bar, command, number, say
 from .errors import StreamerError, UsageError
+from .interrupted import importing
 from .ways import EXECUTORS
 
 SHARES = "100,50,25,12"
@@ -83,13 +84,14 @@ def main(argv: list[str] | None = None) -> int:
         args.rounds, args.tokens = 2, 32
     if (args.llama is None) != (args.gguf is None):
         raise UsageError("--llama and --gguf go together")
-    from .disk import Disk
-    from .footprint import available_memory, parse_size
-    from .hub import resolve
-    from .loading import expert_bytes, open_tokenizer
-    from .opened import open_model
-    from .probe import measure
-    from .run import DEMO
+    with importing():
+        from .disk import Disk
+        from .footprint import available_memory, parse_size
+        from .hub import resolve
+        from .loading import expert_bytes, open_tokenizer
+        from .opened import open_model
+        from .probe import measure
+        from .run import DEMO
 
     path = DEMO if args.model is None else resolve(args.model)
     limit = parse_size(args.limit) if args.limit else None

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from . import __version__
+from .interrupted import importing
 
 COMMANDS = {
     "run": "generate text or chat with a model larger than memory",
@@ -29,10 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         given = f"unknown command {argv[0]!r}" if argv else "no command given"
         print(f"error: {given}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    try:
-        return importlib.import_module(f"streamer.{argv[0]}").main(argv[1:])
-    except KeyboardInterrupt:  # while modules are imported
-        return 130
+    with importing():
+        module = importlib.import_module(f"streamer.{argv[0]}")
+    return module.main(argv[1:])  # type: ignore[no-any-return]
 
 
 def _usage() -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from .errors import StreamerError, UsageError
+from .interrupted import EXIT, raise_again
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
@@ -66,6 +67,7 @@ def command(main: Main) -> Main:
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         _prepare_streams()
+        raise_again()
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _say_warning  # type: ignore[assignment]
@@ -76,7 +78,7 @@ def command(main: Main) -> Main:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Interrupted):
-            return 130
+            return EXIT
         except BrokenPipeError:
             _drop_output()
             return 0

@@ -28,6 +28,7 @@ from typing import Any
 
 from .console import Parser, command, number
 from .errors import UsageError
+from .interrupted import importing
 from .kv import bits_option
 
 TIMED_BYTES = 96 << 20  # of experts that `experts_seconds` holds, at most
@@ -67,12 +68,13 @@ def parser() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from .budget import divide
-    from .footprint import default_budget
-    from .hub import resolve
-    from .loading import open_tokenizer
-    from .opened import open_model
-    from .run import DEMO
+    with importing():
+        from .budget import divide
+        from .footprint import default_budget
+        from .hub import resolve
+        from .loading import open_tokenizer
+        from .opened import open_model
+        from .run import DEMO
 
     path = DEMO if args.model is None else resolve(args.model)
     opened = open_model(path, args.dtype, mtp=args.mtp == "auto")

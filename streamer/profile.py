@@ -24,6 +24,7 @@ from .bench import PROMPT
 from .console import Parser, check_writable, command, prompt_of, say, write_json, write_text
 from .errors import UsageError
 from .footprint import parse_size
+from .interrupted import importing
 from .run import DEMO, add_options
 
 MOST_BARS = 160  # of the timeline
@@ -119,7 +120,8 @@ def _spawn(argv: list[str], memory: str | None, prompt: str, folder: Path) -> in
 
 def _work(args: Any) -> int:
     """The worker: one run."""
-    from .watched import watched_run
+    with importing():
+        from .watched import watched_run
 
     prompt = (args.worker / "prompt").read_text(encoding="utf-8")
     document, routes = watched_run(args, prompt, DEMO)

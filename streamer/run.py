@@ -32,6 +32,7 @@ from .console import (
 )  # fmt: skip
 from .disk import Disk
 from .errors import UsageError
+from .interrupted import importing
 from .kv import bits_option
 
 if TYPE_CHECKING:
@@ -169,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     prompt = None if args.chat else prompt_of(args.prompt)
     check_writable(args.stats)
 
-    from .session import open_session
+    with importing():
+        from .session import open_session
 
     began = time.perf_counter()
     session = open_session(args, prompt, DEMO)
