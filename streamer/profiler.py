@@ -9,7 +9,8 @@ The time from the end of one step to the end of the next is that of the generati
 which at any moment waits for reads, runs Python, or waits for what it queued to be
 computed: `waiting`, `host` and `compute`. A step that verifies drafts has `drafting` (the
 head) and `verifying` in place of `compute`, a rehearsed one `rehearsing` besides. The
-parts add up to the time; a thread that is ready and not run counts as compute.
+parts add up to the time; a thread that is ready and not run counts as compute. What it ran is
+looked at after one pass in RAN, and shared out among them by their time without waits.
 
 What is kept grows by some tens of bytes per step, layer and read, since it lies in the
 memory that is being measured; what it means is worked out when it is asked for.
@@ -33,10 +34,11 @@ from .routes import Call, Group, Pass, Routes
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
 LOOK = 8  # generated steps for each look at what is resident
 TAKE = 64  # generated steps for each time that calls and reads are taken
+RAN = 8  # passes for each time that the thread's own time is asked for, which takes some 10 us
 KINDS = ("prefill", "decode", "verify", "draft", "rehearse")  # the first four: `streamer.routes`
 NUMBERS = {kind: i for i, kind in enumerate(KINDS)}
 PREFILL, DECODE, VERIFY, DRAFT, REHEARSE = range(len(KINDS))
-COLUMNS, CALL = 8, 4  # numbers kept of a pass; of a call
+COLUMNS, CALL = 7, 4  # numbers kept of a pass; of a call
 SEEN = 1024  # calls counted at once
 
 
@@ -86,14 +88,16 @@ class Profiler:
         self._calls = array("i")  # CALL numbers each: layer, ids, k, missed
         self._counted = self._counted_ids = self._counted_absent = 0  # that `_note` has seen
         self._asked: dict[int, list[int]] = {}  # by passes before them: asked, misses, calls
-        # COLUMNS each: kind, rows, seconds, clock, processor time, waits and calls so far, kept
+        # COLUMNS each: kind, rows, seconds, clock, waits and calls so far, kept
         self._passes = array("d")
+        self._ran = array("d")  # clock less waits, processor time: after some of the passes
         self._count = self._generated = 0  # passes; generated steps
         self._looked = 0  # generated steps after which residency was seen
         self._reads = array("d")
         self._prompt = 0  # reads before the first generated token
         self.began = time.perf_counter()
-        self._start = time.thread_time(), self._counters.io_wait_seconds
+        self._waits = self._counters.io_wait_seconds  # before the first
+        self._ran.extend((self.began - self._waits, time.thread_time()))
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
         number = NUMBERS[kind]
@@ -103,9 +107,10 @@ class Profiler:
                     run.settle()  # layers that are wholly resident are told now
         kept = rows if number == PREFILL else number <= VERIFY
         waits = self._counters.io_wait_seconds
-        now, cpu = time.perf_counter(), time.thread_time()
-        calls = self._choices.count
-        self._passes.extend((number, rows, seconds, now, cpu, waits, calls, kept))
+        now, calls = time.perf_counter(), self._choices.count
+        self._passes.extend((number, rows, seconds, now, waits, calls, kept))
+        if self._count % RAN == 0 or number == PREFILL:
+            self._ran.extend((now - waits, time.thread_time()))
         self._count += 1
         if number <= VERIFY:
             self._ended(number)
@@ -167,7 +172,7 @@ class Profiler:
 
     def _before(self, calls: np.ndarray) -> np.ndarray:
         """How many passes had ended when these calls, by number, were told of."""
-        ended = np.array(self._passes).reshape(-1, COLUMNS)[:, 6]
+        ended = np.array(self._passes).reshape(-1, COLUMNS)[:, 5]
         return np.searchsorted(ended, calls, side="right")
 
     def _look(self) -> None:
@@ -183,12 +188,13 @@ class Profiler:
 
     def _made(self) -> Iterator[Step]:
         """Of the trunk's passes, with what was told since the one before."""
-        rows = np.array(self._passes).reshape(-1, COLUMNS).tolist()
-        mark = self.began
-        cpu, waits = self._start
+        table = np.array(self._passes).reshape(-1, COLUMNS)
+        ends = self._processor(table[:, 3] - table[:, 4]).tolist()
+        mark, waits, cpu = self.began, self._waits, self._ran[1]
         drafted = rehearsed = waited = 0.0
         counts = [0, 0, 0]
-        for n, (kind, count, seconds, now, ran, stood, *_) in enumerate(rows):
+        for n, (kind, count, seconds, now, stood, *_) in enumerate(table.tolist()):
+            ran = ends[n]
             counts = [sum(two) for two in zip(counts, self._asked.get(n, (0, 0, 0)), strict=True)]
             waited += stood - waits
             # waits inside a draft, whose experts are paged too, stay waits
@@ -208,6 +214,14 @@ class Profiler:
                 yield Step(KINDS[int(kind)], now - self.began, int(count), parts, *counts)
                 mark, drafted, rehearsed, waited, counts = now, 0.0, 0.0, 0.0, [0, 0, 0]
             cpu = ran
+
+    def _processor(self, clock: np.ndarray) -> np.ndarray:
+        """Processor seconds of the generating thread by its clock, waits taken off: between the
+        times that were looked at, and after the last of them, as in proportion."""
+        at, ran = np.array(self._ran).reshape(-1, 2).T
+        at = np.maximum.accumulate(at)
+        share = np.diff(ran[-2:]).sum() / max(1e-9, np.diff(at[-2:]).sum())
+        return np.interp(clock, at, ran) + share * np.maximum(0.0, clock - at[-1])
 
     @property
     def ended(self) -> list[Read]:

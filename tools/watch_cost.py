@@ -36,7 +36,7 @@ from streamer.bench import PROMPT
 from streamer.console import Parser, command, number, say
 from streamer.errors import UsageError
 from streamer.machine import machine, versions
-from streamer.owners import Ledger, Sampler
+from streamer.owners import SETTLING, Ledger, Sampler
 from streamer.profiler import Profiler
 from streamer.run import DEMO, add_options
 from streamer.session import Session, open_session
@@ -125,6 +125,8 @@ def _rounds(
 def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
     """Seconds and processor seconds of a reply."""
     streamer = session.streamer
+    if way != "profile":  # a sampler does: what a pause costs what follows is not watching's
+        time.sleep(SETTLING)
     with contextlib.ExitStack() as stack:
         profiler = Profiler(session.model) if way == "profile" else None
         ledger = Ledger(session.model, lambda: session.caches, streamer.opened.files)
