@@ -287,7 +287,7 @@ def draw_pool(document: dict[str, Any]) -> Figure:
     _here(right, budgets[here], run["tokens_per_second"])
     right.set(xlabel=f"memory budget, {unit}", ylabel="tokens/s", ylim=(0, None))
     right.set_title("Speed to expect")
-    right.legend(loc="upper left")
+    right.legend(loc="best")  # where the curves leave room: they may be flat or steep
     return figure
 
 
@@ -368,7 +368,7 @@ def draw_sweep(document: dict[str, Any]) -> Figure:
             lw=1.6, label="measured", gid=f"sweep.{name}",
         )  # fmt: skip
         axes.set_xlabel(f"memory budget, {unit}")
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     left.set(ylabel="tokens/s", ylim=(0, None))
     left.set_title("Speed")
     right.set(ylabel="%", ylim=(0, 103))

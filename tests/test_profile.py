@@ -16,6 +16,7 @@ from typing import Any
 import browser
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -218,6 +219,27 @@ def test_pictures_draw_the_documents_numbers(made: Made) -> None:
             assert line.get_ydata() == pytest.approx(factor * np.array(lookup(document, gid)))
         for gid, bar in series(figures.draw_drafts(document)).items():
             assert bar.get_height() == pytest.approx(100 * lookup(document, gid))
+
+
+@pytest.mark.parametrize("speeds", ["measured", "flat", "steep"])
+def test_no_legend_lies_on_a_curve(inflated: Made, speeds: str) -> None:
+    document = json.loads(json.dumps(inflated.document))
+    pool, sweep = document["pool"], document["sweep"]
+    if speeds != "measured":
+        n, low = len(pool["slots"]), 17.5 if speeds == "flat" else 1.0
+        pool["tokens_per_second"] = np.linspace(low, 22, n).tolist()
+        document["run"]["tokens_per_second"] = 20.9
+        for i, name in enumerate(("", "forecast_")):
+            sweep[f"{name}tokens_per_second"] = [low + i, 22.0]
+            sweep[f"{name}hit_rate"] = [low / 22, 1.0]
+    for draw in (figures.draw_pool, figures.draw_sweep):
+        figure = draw(document)
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes:
+            box = axes.get_legend().get_window_extent()
+            for line in axes.get_lines():
+                path = line.get_transform().transform_path(line.get_path())
+                assert not path.intersects_bbox(box, filled=False), (line.get_gid(), speeds)
 
 
 @cache
