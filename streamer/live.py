@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ from .session import Session
 PERIOD = 0.125  # seconds between drawings
 SHARE = 0.005  # of the time may go into drawing: it is done less often where it takes long
 WINDOW = 3.0  # seconds that rates are taken over
+BETWEEN = "   "
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -159,12 +160,14 @@ class View:
     def _drawn(self) -> RenderableType:
         status = self._status()
         if not self._line or self._console is None:
-            return status
+            return Group(*status)
         size = self._console.size
-        room = max(1, size.height - 5) * size.width  # a line longer than the screen: its end
-        return Group(Text(self._line[-room:], overflow="fold"), status)
+        # of a line longer than the screen its end
+        room = max(1, size.height - len(status) - 2) * size.width
+        return Group(Text(self._line[-room:], overflow="fold"), *status)
 
-    def _status(self) -> RenderableType:
+    def _status(self) -> list[Text]:
+        """The lines beneath the text: as many as the terminal's width asks for."""
         old, now = self._meter.span()
         streamer = self._session.streamer
         seconds = max(1e-3, now.seconds - old.seconds)
@@ -186,11 +189,10 @@ class View:
             cells.append(("drafts", f"{(now.accepted - old.accepted) / drafted:.0%} accepted"))
         limit = format_size(streamer.budget.limit)
         cells.append(("memory", f"{format_size(footprint())} of {limit}"))
-        line = Text(no_wrap=True, overflow="ellipsis")
-        for i, (name, value) in enumerate(cells):
-            line.append("   " if i else "").append(f"{name} ", "dim").append(value, "bold")
-        rule = Text("─" * (self._console.width if self._console else 0), "dim", no_wrap=True)
-        return Group(rule, line, *([self._residency()] if streamer.executors else []))
+        width, height = self._console.size if self._console else (80, 25)
+        rule = Text("─" * width, "dim", no_wrap=True)
+        residency = [self._residency()] if streamer.executors else []
+        return [rule, *_packed(cells, width)[: max(1, height - 4)], *residency]
 
     def _residency(self) -> Text:
         """Of each layer, how many of its experts are in memory."""
@@ -204,6 +206,19 @@ class View:
         text.append("in memory ", "dim")
         text.append(f"{held} of {self._session.streamer.total} experts ", "bold")
         return text.append(bars).append(" by layer", "dim")
+
+
+def _packed(cells: Sequence[tuple[str, str]], width: int) -> list[Text]:
+    """Names and values side by side, in lines of up to `width`."""
+    lines: list[Text] = []
+    for name, value in cells:
+        cell = Text(no_wrap=True, overflow="ellipsis").append(f"{name} ", "dim")
+        cell.append(value, "bold")
+        if lines and len(lines[-1]) + len(BETWEEN) + len(cell) <= width:
+            lines[-1].append(BETWEEN).append_text(cell)
+        else:
+            lines.append(cell)
+    return lines
 
 
 class _Beneath:

@@ -30,12 +30,13 @@ COMMAND = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", 
 class Terminal:
     """A pseudo-terminal with a command in it, and a screen that shows what it drew."""
 
-    def __init__(self, command: list[str], **more: str):
-        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=5000)
+    def __init__(self, command: list[str], size: tuple[int, int] = (COLUMNS, ROWS), **more: str):
+        columns, rows = self.size = size
+        self.screen = pyte.HistoryScreen(columns, rows, history=5000)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self._fds = ours, theirs
         self.process = subprocess.Popen(
@@ -81,7 +82,7 @@ class Terminal:
         os.close(self._fds[1])
         self._reader.join(timeout=10)
         os.close(self._fds[0])
-        columns = range(COLUMNS)
+        columns = range(self.size[0])
         above = ["".join(row[x].data for x in columns) for row in self.screen.history.top]
         lines = [line.rstrip() for line in (*above, *self.screen.display)]
         # as it was found: a visible cursor, the main screen, no colour left on
@@ -110,6 +111,18 @@ def test_the_text_is_whole_and_the_lines_beneath_it_go() -> None:
     assert "\n".join(line.rstrip() for line in text.split("\n")) in lines
     assert not status(lines) and "by layer" not in lines and "─" * 20 not in lines
     assert "300 tokens at" in lines.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [(100, 24), (40, 16)])
+def test_a_narrow_terminal_shows_all_of_it(size: tuple[int, int]) -> None:
+    more = ["--max-tokens", "60000", "--context", "4000", "--live", "--mtp", "2"]
+    terminal = Terminal([*COMMAND, *more], size)
+    words = ("speed", "hits", "queued", "disk", "accepted", "memory", "in memory")
+    shown = terminal.until(lambda s: all(word in s for word in words))
+    assert f"{'─' * size[0]}" in shown
+    terminal.type(b"\x03")
+    code, lines = terminal.end()
+    assert code == 130 and "─" * 20 not in lines and "queued" not in lines
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "terminate"])
