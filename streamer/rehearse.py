@@ -162,7 +162,7 @@ class Rehearsal:
         """How the next pass is run, and whether guessers guess in it."""
         if self._choice != "auto":
             return self._choice, self._chosen and self._choice != "rehearse"
-        way = self._ways.setdefault(rows, Ways(self._open)).choose()
+        way = self._ways.setdefault(rows, Ways(self._open, eager=rows == 1)).choose()
         c = self._counters
         counts = c.io_wait_seconds, c.waits, c.bytes_wanted
         self._last = rows, way, time.perf_counter(), *counts

@@ -34,6 +34,7 @@ TRIAL = 4  # passes of a trial; the first of them is not counted
 WINDOW = 16  # passes whose median is a way's cost
 ENOUGH = 12  # of them, with which a trial is over
 SLOWER = 1.05  # by which a way is slower that is left before
+HOPELESS = 1.6  # and at once
 # share of time that trials may lose; guessing differs little from looking ahead
 PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
 LEAST = 0.1  # what a trial is thought to lose of its time, at least
@@ -43,7 +44,7 @@ AGAIN = 100  # passes without rehearsing after which its costs are thought to be
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
 WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
-RARE = 0.5  # layers of a pass that miss, above which rehearsing all of it does not pay
+RARE = 0.25  # layers of a pass that miss, above which rehearsing all of it does not pay
 
 
 class Mean:
@@ -146,8 +147,9 @@ class Ways:
     is taken off.
     """
 
-    def __init__(self, ways: tuple[Way, ...] = WAYS):
-        self._ways = ways
+    def __init__(self, ways: tuple[Way, ...] = WAYS, eager: bool = True):
+        """eager: what is not known yet is tried at once, and not when a trial's turn has come."""
+        self._ways, self._eager = ways, eager
         self._costs: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
         self._reading, self._seconds = Mean(), Mean()  # of a pass
         self._waited = {w: Mean() for w in ways}  # share of a pass
@@ -178,8 +180,13 @@ class Ways:
         self._time += seen.seconds
         self._seconds.add(seen.seconds)
         self._reading.add(seen.reading)
-        if way == self._last:  # the first after a change finds the pool and caches of the other
-            self._costs[way].append(seen.seconds - seen.reading + self._reading.value)
+        seconds = seen.seconds - seen.reading + self._reading.value
+        best = self._cost(self._best)
+        if way == self._trial and best is not None and seconds > HOPELESS * best:
+            self._costs[way].extend((seconds, seconds))
+            self._left = 1
+        elif way == self._last:  # the first after a change finds the pool and caches of the other
+            self._costs[way].append(seconds)
         self._last = way
         self._missing.add(seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
@@ -214,7 +221,8 @@ class Ways:
         if best is None or self._passes < FIRST:
             return
         others = [w for w in self._ways if w != self._best and self.hopeful(w)]
-        if unknown := [w for w in others if self._cost(w) is None]:
+        unknown = [w for w in others if self._cost(w) is None]
+        if unknown and self._eager:
             self._try(unknown[0])
             return
         if self._back is not None:
@@ -222,8 +230,7 @@ class Ways:
                 self._try(self._back[0])
             return
         for way in others:
-            cost = self._cost(way)
-            assert cost is not None
+            cost = self._cost(way) or best
             lost = TRIAL * self._seconds.value * max(LEAST, cost / best - 1)
             if PROBING[way] * (self._time - self._tried[way]) > lost:
                 self._try(way)

@@ -119,3 +119,26 @@ def test_rehearsing_pays_only_in_time_that_is_there() -> None:
         effort.resumed(0.5)
     assert effort.pays(1.8) and not effort.pays(1.6)
     assert effort.goes_on(1.6) and not effort.goes_on(1.4)
+
+
+def test_a_hopeless_way_is_left_after_one_pass_and_a_shy_one_tries_late() -> None:
+    def cost(way: Way) -> Seen:
+        return Seen(2.0 if way == "lookahead" else 1.0, 0.3, 6)
+
+    chosen = run(Ways(("layerwise", "lookahead")), 400, cost)
+    assert chosen.count("lookahead") == 1
+    chosen = run(Ways(("layerwise", "lookahead"), eager=False), 400, cost)
+    assert "lookahead" not in chosen[:150] and chosen.count("lookahead") == 1
+
+
+def test_a_way_that_only_looked_faster_is_left_soon() -> None:
+    passes = 0
+
+    def warming(way: Way) -> Seen:  # what runs later is faster, whatever it is
+        nonlocal passes
+        passes += 1
+        slower = 1.03 if way == "lookahead" else 1.0
+        return Seen(slower * (1.0 + 0.5 * 0.9**passes), 0.3, 6)
+
+    chosen = run(Ways(("layerwise", "lookahead")), 300, warming)
+    assert chosen[100:].count("layerwise") >= 180
