@@ -111,9 +111,11 @@ class Rehearsal:
         if cache is None or self._running or not self._takes(rows):
             return forward()
         way, guess = self._way(rows)
+        learns = guess or self._learns(rows)
+        if way == "layerwise" and not learns:
+            return forward()
         effort = self._efforts.setdefault(rows, Effort())
         looks = way == "lookahead" and self._looks_out(rows, effort)
-        learns = guess or self._learns(rows)
         if way != "rehearse" and not looks and not learns:
             return forward()
         known = np.array(tokens).reshape(-1) if learns else NO_TOKENS
@@ -162,7 +164,9 @@ class Rehearsal:
         """How the next pass is run, and whether guessers guess in it."""
         if self._choice != "auto":
             return self._choice, self._chosen and self._choice != "rehearse"
-        way = self._ways.setdefault(rows, Ways(self._open, eager=rows == 1)).choose()
+        if rows not in self._ways:
+            self._ways[rows] = Ways(self._open, eager=rows == 1)
+        way = self._ways[rows].choose()
         c = self._counters
         counts = c.io_wait_seconds, c.waits, c.bytes_wanted
         self._last = rows, way, time.perf_counter(), *counts

@@ -181,8 +181,7 @@ class Ways:
         self._seconds.add(seen.seconds)
         self._reading.add(seen.reading)
         seconds = seen.seconds - seen.reading + self._reading.value
-        best = self._cost(self._best)
-        if way == self._trial and best is not None and seconds > HOPELESS * best:
+        if way == self._trial and seconds > HOPELESS * (self._cost(self._best) or seconds):
             self._costs[way].extend((seconds, seconds))
             self._left = 1
         elif way == self._last:  # the first after a change finds the pool and caches of the other
@@ -217,10 +216,11 @@ class Ways:
 
     def _begin(self) -> None:
         """A trial, if it is time for one."""
-        best = self._cost(self._best)
-        if best is None or self._passes < FIRST:
-            return
         others = [w for w in self._ways if w != self._best and self.hopeful(w)]
+        if self._passes < FIRST or not others:
+            return
+        if (best := self._cost(self._best)) is None:
+            return
         unknown = [w for w in others if self._cost(w) is None]
         if unknown and self._eager:
             self._try(unknown[0])
