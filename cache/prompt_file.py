@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,18 +114,19 @@ def save(path: str | Path, prefix: Prefix, belongs: Mapping[str, str]) -> None:
             "state": _flat(state, arrays),
         }
     mx.eval(arrays)
+    target = Path(os.path.realpath(path))  # a link stays
     try:
-        handle, aside = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
+        handle, aside = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 _write(file, header, arrays)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            os.replace(aside, target)
         except BaseException:
             Path(aside).unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -185,14 +187,15 @@ def _check(path: Path, header: dict[str, Any], belongs: Mapping[str, str]) -> No
         raise PromptCacheError(f"{path} is not a prompt cache")
     if header.get("version") != VERSION:
         raise PromptCacheError(
-            f"{path} is a prompt cache of version {header.get('version')}; this is {VERSION}"
+            f"{path} is a prompt cache of version {_word(header.get('version'))}; this is {VERSION}"
         )
     theirs = header.get("belongs")
     for name, ours in belongs.items():
         other = theirs.get(name) if isinstance(theirs, dict) else None
         if other != ours:
             raise PromptCacheError(
-                f"{path} is the prompt cache of another {name}: {other}, where this one is {ours}"
+                f"{path} is the prompt cache of another {name}: {_word(other)}, where this one is "
+                f"{ours}"
             )
 
 
@@ -303,6 +306,12 @@ def _whole(saved: Any, arrays: dict[str, mx.array]) -> Any:
     if "items" in saved:
         return [_whole(v, arrays) for v in saved["items"]]
     return saved["value"]
+
+
+def _word(value: Any) -> str:
+    """What a file says of itself, on one line."""
+    text = str(value)
+    return text if text.isprintable() and len(text) < 80 else reprlib.repr(text)
 
 
 def _line(error: Exception) -> str:

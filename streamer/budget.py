@@ -16,7 +16,7 @@ from kernels import fast
 
 from .errors import BudgetError, UsageError
 from .experts import ExpertFormat, held_bytes
-from .footprint import footprint, format_size, parse_size
+from .footprint import footprint, format_size, parse_size, percentage
 from .kv import CODED, FULL, KVBits
 from .opened import Opened
 
@@ -134,7 +134,7 @@ def _divide(
     fixed = runtime + trunk + head + kv + head_kv
     smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context, bits) + floor
 
-    share = _percentage(memory)
+    share = percentage(memory)
     if share is not None:
         chunk = _wanted_chunk(opened, context, full, bits)
         workspace = chunk_workspace(opened, chunk, context, bits)
@@ -178,19 +178,6 @@ def _divide(
 def with_slots(budget: Budget, slots: tuple[int, ...], pool: int) -> Budget:
     """The same division with a pool of another size; tests and benchmarks use it."""
     return dataclasses.replace(budget, slots=slots, pool=pool)
-
-
-def _percentage(memory: str | int | None) -> float | None:
-    """The share of 'N%', or None for another form."""
-    if not isinstance(memory, str) or not memory.strip().endswith("%"):
-        return None
-    try:
-        share = float(memory.strip()[:-1]) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise UsageError(f"--memory {memory}: a share of the experts lies above 0% and up to 100%")
-    return share
 
 
 def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:

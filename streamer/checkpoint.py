@@ -25,9 +25,10 @@ from .errors import CheckpointError
 from .header import Tensor, read_header, shown
 
 INDEX = "model.safetensors.index.json"
+MOST = 1 << 16  # experts of a layer
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 # read by mlx-lm and transformers, which do not say which file stops them
 LINK = "its link leads nowhere"
-MOST = 1 << 16  # experts of a layer
 SETTINGS = ("generation_config.json", "tokenizer_config.json", "hf_quant_config.json")
 
 
@@ -134,7 +135,7 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
             # no expert a token would be all of them, by NumPy's rules for ranges
             wrong = name == "num_experts_per_tok" and value < 1
             wrong |= name.endswith("experts") and value > MOST
-            if name.endswith(("layers", "layer")) and value > tensors:
+            if name in DEPTHS and value > tensors:
                 raise CheckpointError(f"{path}: {name} is {value}, and there are {tensors} tensors")
             if wrong:
                 raise CheckpointError(f"{path}: {name} is {value}")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from .errors import StreamerError, UsageError
+from .files import beside, replaced
 from .interrupted import EXIT, raise_again
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
@@ -75,7 +76,7 @@ def command(main: Main) -> Main:
             sys.stdout.flush()
             return code
         except StreamerError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Interrupted):
             return EXIT
@@ -196,7 +197,7 @@ def check_writable(path: Path | None) -> None:
     if path is None:
         return
     try:
-        if aside := _aside(path):
+        if aside := beside(path):
             aside.open("wb").close()
             aside.unlink()
     except OSError as error:
@@ -209,33 +210,8 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, sync, rename; a pipe or a device is written to. Raises UsageError."""
+    """Whole or not at all, as `files.replaced`. Raises UsageError."""
     try:
-        aside = _aside(path)
-        if aside is None:
-            path.write_text(text, encoding="utf-8")
-            return
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, os.path.realpath(path))
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        replaced(path, text.encode())
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _aside(path: Path) -> Path | None:
-    """Beside what `path` leads to, a name of this process's; None for a pipe or a device.
-
-    Raises IsADirectoryError.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    if target.exists() and not target.is_file():
-        return None
-    return target.with_name(f"{target.name}.{os.getpid()}.partial")

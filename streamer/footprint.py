@@ -53,6 +53,19 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
+def percentage(memory: str | int | None) -> float | None:
+    """The share of 'N%' of the experts, None for another form. Raises UsageError."""
+    if not isinstance(memory, str) or not memory.strip().endswith("%"):
+        return None
+    try:
+        share = float(memory.strip()[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--memory {memory}: a share of the experts lies above 0% and up to 100%")
+    return share
+
+
 def format_size(nbytes: int, *, up: bool = False) -> str:
     """'7.5 GB', '512 MB', '64.0 kB', in units of 1024; `parse_size` reads it back.
 

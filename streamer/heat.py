@@ -14,10 +14,8 @@ experts are resident nothing is counted.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ import numpy as np
 
 from .errors import UsageError
 from .experts import stored_bytes
+from .files import replaced
 from .filling import warm
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ class Heat:
         return {p: u for p, u in self._read().items() if self._counts.get(p) == len(u)}
 
     def _read(self) -> Uses:
+        if not self.path.is_file():  # a pipe would be waited for
+            return {}
         try:
             with open(self.path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
@@ -133,7 +134,7 @@ class Heat:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(self.path, data)
+            replaced(self.path, data)
         except OSError as error:
             if self._asked:
                 raise UsageError(f"cannot write {self.path}: {error.strerror}") from error
@@ -164,18 +165,3 @@ def hottest(run: Executor, uses: Uses) -> list[tuple[int, int]]:
     ]
     found.sort(key=lambda key: key[0])
     return [(layer, expert) for _, layer, expert in found[-run.pool.slots :]]
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Write under a name that no other process has, sync, rename. Raises OSError."""
-    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

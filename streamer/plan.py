@@ -116,6 +116,8 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
 
     Raises UsageError for a file that is no profile, or another model's.
     """
+    import numpy as np
+
     from .forecast import at_share
 
     try:
@@ -123,7 +125,8 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
         if document["model"]["fingerprint"] != opened.checkpoint.fingerprint:
             raise UsageError(f"{file} is the profile of another checkpoint than {opened.path}")
         share = sum(budget.slots) / max(1, opened.experts)
-        hits, read, speed, step = map(float, at_share(document, share))
+        with np.errstate(all="raise"):
+            hits, read, speed, step = map(float, at_share(document, share))
         rate = float(document["costs"].get("disk_bytes_per_second", float("inf")))
         if not (0 <= hits <= 1 and min(read, step) >= 0 and min(speed, rate) > 0):
             raise ValueError("it tells of what cannot be")

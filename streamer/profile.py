@@ -23,7 +23,7 @@ from typing import Any
 from .bench import PROMPT
 from .console import Parser, check_writable, command, prompt_of, say, write_json, write_text
 from .errors import UsageError
-from .footprint import parse_size
+from .footprint import parse_size, percentage
 from .interrupted import importing
 from .run import DEMO, add_options
 
@@ -101,8 +101,8 @@ def _budgets(args: Any) -> list[str | None]:
     if not swept:
         raise UsageError("--sweep takes budgets, such as 4GB,8GB or 25%,50%")
     for memory in swept:
-        if memory.lower() != "min" and not memory.endswith("%"):
-            parse_size(memory)  # not after the others have run
+        if memory.lower() != "min" and percentage(memory) is None:  # not after the others have run
+            parse_size(memory)
     first = [args.memory] if args.memory else []
     return list(dict.fromkeys([*first, *swept]))
 

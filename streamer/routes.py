@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import StreamerError
+from .files import replaced
 
 FORMAT, VERSION = "moe-routes", 1
 KINDS = ("prefill", "decode", "verify", "draft")
@@ -89,7 +89,7 @@ class Routes:
         return sum(p.kept for p in self.passes if p.kind in ("decode", "verify"))
 
     def save(self, path: Path) -> None:
-        """Write aside, sync, rename. Raises RoutesError when the folder cannot be written."""
+        """Whole or not at all. Raises RoutesError when it cannot be written."""
         head = asdict(self)
         for name in ("calls", "passes"):
             del head[name]
@@ -106,13 +106,8 @@ class Routes:
             "pass_kept": np.array([p.kept for p in self.passes], dtype=np.int32),
             "tokens": _flat([p.tokens for p in self.passes], np.int32),
         }
-        aside = path.with_name(path.name + ".partial")
         try:
-            with open(aside, "wb") as file:
-                np.savez_compressed(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
+            replaced(path, lambda file: np.savez_compressed(file, **arrays))
         except OSError as error:
             raise RoutesError(f"cannot write {path}: {error.strerror}") from error
 

@@ -169,6 +169,14 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         save(tmp_path / "no" / "p", Prefix(caches(), [2]), A)
 
 
+def test_a_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "p").symlink_to("far/p")
+    save(tmp_path / "p", Prefix(caches(), [1]), A)
+    assert (tmp_path / "p").is_symlink() and load(tmp_path / "far" / "p", A).tokens == [1]
+    assert [p.name for p in (tmp_path / "far").iterdir()] == ["p"]
+
+
 def test_unknown_caches_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(PromptCacheError, match="object cannot be saved"):
         save(tmp_path / "p", Prefix([object()], [1]), A)

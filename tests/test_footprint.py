@@ -41,6 +41,7 @@ needs_cgroups = pytest.mark.skipif(REASON is not None, reason=str(REASON))
         ("8GB", 8 << 30),
         ("8 gb", 8 << 30),
         (" 8GiB ", 8 << 30),
+        ("8Gi", 8 << 30),
         ("8g", 8 << 30),
         ("512MB", 512 * MB),
         ("1.5k", 1536),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,3 +206,8 @@ def test_a_named_file_that_cannot_be_written_is_told(tiny: Path, tmp_path: Path)
     passes(model)
     with pytest.raises(UsageError, match="cannot write"):
         model.streamer.close()
+
+
+def test_a_pipe_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert Heat(open_model(tiny), tmp_path / "pipe").load() == {}

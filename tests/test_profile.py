@@ -334,6 +334,7 @@ def test_the_heatmap_in_the_page_is_the_documents(demo: Made) -> None:
         (["--out", "x.html", "--prompt", "/nowhere/prompt"], "cannot read the prompt"),
         (["--json", "x.json", "--memory", "1MB"], "smallest budget"),
         (["--json", "x.json", "--sweep", "50%,walrus"], "not a memory size"),
+        (["--json", "x.json", "--sweep", "50%,200%"], "--memory 200%"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(

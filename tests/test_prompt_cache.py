@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,10 @@ def test_what_does_not_belong_is_refused(
     assert "cannot be written" in refused(capsys, *argv)
     argv[argv.index("--prompt-cache") + 1] = str(tmp_path / "no" / "p")
     assert "cannot be written" in refused(capsys, *argv)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "p"]
+    os.mkfifo(tmp_path / "pipe")
+    argv[argv.index("--prompt-cache") + 1] = str(tmp_path / "pipe")
+    assert "a pipe or a device" in refused(capsys, *argv)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "p", "pipe"]
 
 
 def test_caches_of_a_model_s_own_are_refused(
