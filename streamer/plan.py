@@ -54,14 +54,14 @@ def parser() -> Parser:
     p = Parser(prog="streamer plan", description="Show what a memory budget buys.")
     p.add_argument("--model", help="folder or repository; the embedded demo when left out")
     p.add_argument("--memory", help="8GB, 50%% (of the experts), min; default: what can be spared")
-    p.add_argument("--context", type=number(1, 1 << 30, int), default=4096, help="tokens")
+    p.add_argument("--context", type=number(1, 1 << 30, int), default=4096, help="tokens (4096)")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
     p.add_argument("--kv-bits", type=bits_option, default="auto", metavar="auto|16|8|4|3.5|3|2.5|2")
     p.add_argument("--mtp", choices=("auto", "off"), default="off", help="plan for the MTP head")
     p.add_argument(
         "--profile", type=Path, metavar="FILE", help="foretell from this JSON of streamer profile"
     )
-    p.add_argument("--json", action="store_true")
+    p.add_argument("--json", action="store_true", help="print one line of JSON instead")
     return p
 
 
