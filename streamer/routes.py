@@ -24,6 +24,11 @@ from .errors import StreamerError
 from .files import replaced
 
 FORMAT, VERSION = "moe-routes", 1
+# what zipfile, NumPy and json raise of files that are not theirs
+DAMAGE = (
+    ValueError, LookupError, TypeError, ArithmeticError, OSError, EOFError, RuntimeError,
+    SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 KINDS = ("prefill", "decode", "verify", "draft")
 
 
@@ -132,9 +137,7 @@ class Routes:
             return _read(head, arrays)
         except RoutesError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, OSError, EOFError) as error:
-            raise RoutesError(f"{path} is no recording of routes, or a damaged one") from error
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise RoutesError(f"{path} is no recording of routes, or a damaged one") from error
 
 

@@ -31,7 +31,7 @@ from streamer.errors import StreamerError
 from streamer.heat import FORMAT, VERSION, Heat
 from streamer.journal import NAME, Journal
 from streamer.opened import open_model
-from streamer.routes import Call, Group, Pass, Routes
+from streamer.routes import Call, Group, Pass, Routes, RoutesError
 from streamer.shards import Spec
 
 JOB = {"source": "a"}
@@ -274,6 +274,18 @@ def test_recordings(tmp_path: Path, data: st.DataObject, changes: list[Change] |
         assert all(call.layer < len(routes.counts) for call in routes.calls)
     except StreamerError as error:
         assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", [0x01, 0x20])
+def test_a_recording_as_another_kind_of_zip(tmp_path: Path, flag: int) -> None:
+    """Encrypted, or patched."""
+    recording().save(tmp_path / "r")
+    data = bytearray((tmp_path / "r").read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= flag
+    data[data.index(b"PK\x03\x04") + 6] |= flag
+    (tmp_path / "r").write_bytes(data)
+    with pytest.raises(RoutesError, match="a damaged one"):
+        Routes.load(tmp_path / "r")
 
 
 @fuzz(150)
