@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from . import __version__
-from .interrupted import importing
+from .interrupted import EXIT, importing
 
 COMMANDS = {
     "run": "generate text or chat with a model larger than memory",
@@ -30,8 +30,11 @@ def main(argv: list[str] | None = None) -> int:
         given = f"unknown command {argv[0]!r}" if argv else "no command given"
         print(f"error: {given}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    with importing():
-        module = importlib.import_module(f"streamer.{argv[0]}")
+    try:
+        with importing():
+            module = importlib.import_module(f"streamer.{argv[0]}")
+    except KeyboardInterrupt:  # of a caller whose handler raises it
+        return EXIT
     return module.main(argv[1:])  # type: ignore[no-any-return]
 
 
