@@ -6,11 +6,11 @@
     profiler.steps, profiler.routes()
 
 The time from the end of one step to the end of the next is that of the generating thread,
-which at any moment waits for reads, runs Python, or waits for what it queued to be
-computed: `waiting`, `host` and `compute`. A step that verifies drafts has `drafting` (the
+which at any moment waits for reads, runs Python, or computes, itself or by waiting for what it
+queued: `waiting`, `host` and `compute`. A step that verifies drafts has `drafting` (the
 head) and `verifying` in place of `compute`, a rehearsed one `rehearsing` besides. The
 parts add up to the time; a thread that is ready and not run counts as compute. What it ran is
-looked at after one pass in RAN, and shared out among them by their time without waits.
+looked at after one step in LOOK, and shared out among them by their time without waits.
 
 What is kept grows by some tens of bytes per step, layer and read, since it lies in the
 memory that is being measured; what it means is worked out when it is asked for.
@@ -32,13 +32,12 @@ from .experts import stored_bytes
 from .routes import Call, Group, Pass, Routes
 
 PARTS = ("compute", "waiting", "host", "drafting", "verifying", "rehearsing")
-LOOK = 8  # generated steps for each look at what is resident
-TAKE = 64  # generated steps for each time that calls and reads are taken
-RAN = 8  # passes for each time that the thread's own time is asked for, which takes some 10 us
+LOOK = 8  # generated steps for each look at what is resident and at the thread's own time
+TAKE = 64  # generated steps for each time that calls and reads are taken; a multiple of it
 KINDS = ("prefill", "decode", "verify", "draft", "rehearse")  # the first four: `streamer.routes`
 NUMBERS = {kind: i for i, kind in enumerate(KINDS)}
 PREFILL, DECODE, VERIFY, DRAFT, REHEARSE = range(len(KINDS))
-COLUMNS, CALL = 7, 4  # numbers kept of a pass; of a call
+COLUMNS, CALL = 8, 4  # numbers kept of a pass; of a call
 SEEN = 1024  # calls counted at once
 
 
@@ -83,20 +82,23 @@ class Profiler:
         self._resident = [np.zeros(run.pool.total, dtype=np.int64) for run in self._runs]
         native = backend.native()
         self._choices = _Choices() if native is None else native.Choices()
+        self._computed = float if native is None else native.computed  # by this thread itself
         self.chose = self._choices.add  # nothing in between, where it is called for every layer
         self._ids, self._absent = array("H"), array("H")  # of all calls taken
         self._calls = array("i")  # CALL numbers each: layer, ids, k, missed
         self._counted = self._counted_ids = self._counted_absent = 0  # that `_note` has seen
         self._asked: dict[int, list[int]] = {}  # by passes before them: asked, misses, calls
-        # COLUMNS each: kind, rows, seconds, clock, waits and calls so far, kept
+        # COLUMNS each: kind, rows, seconds, clock, waits, computing and calls so far, kept
         self._passes = array("d")
+        self._recent: list[tuple[float, ...]] = []  # those not yet there
         self._ran = array("d")  # clock less waits, processor time: after some of the passes
-        self._count = self._generated = 0  # passes; generated steps
+        self._generated = 0  # steps
         self._looked = 0  # generated steps after which residency was seen
         self._reads = array("d")
         self._prompt = 0  # reads before the first generated token
         self.began = time.perf_counter()
         self._waits = self._counters.io_wait_seconds  # before the first
+        self._before_all = self._computed()
         self._ran.extend((self.began - self._waits, time.thread_time()))
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
@@ -106,31 +108,32 @@ class Profiler:
                 if run.unread:
                     run.settle()  # layers that are wholly resident are told now
         kept = rows if number == PREFILL else number <= VERIFY
-        waits = self._counters.io_wait_seconds
-        now, calls = time.perf_counter(), self._choices.count
-        self._passes.extend((number, rows, seconds, now, waits, calls, kept))
-        if self._count % RAN == 0 or number == PREFILL:
+        waits, now = self._counters.io_wait_seconds, time.perf_counter()
+        told = number, rows, seconds, now, waits, self._computed(), self._choices.count, kept
+        self._recent.append(told)
+        if number == PREFILL:
             self._ran.extend((now - waits, time.thread_time()))
-        self._count += 1
-        if number <= VERIFY:
-            self._ended(number)
-
-    def _ended(self, number: int) -> None:
-        """A pass of the trunk."""
-        if number != PREFILL:
+            self._take()
+        elif number <= VERIFY:
             self._generated += 1
-            if self._generated == 1:
-                self._take()
-                self._prompt = len(self._reads) // 3
             if self._generated % LOOK == 1:
-                self._look()
-            if self._generated % TAKE:
-                return
-        self._take()
+                self._now_and_then(now - waits)
+
+    def _now_and_then(self, clock: float) -> None:
+        """What each step would be slowed by."""
+        self._ran.extend((clock, time.thread_time()))
+        self._look()
+        if self._generated % TAKE == 1:
+            self._take()
+        if self._generated == 1:
+            self._prompt = len(self._reads) // 3
 
     def accepted(self, drafts: int) -> None:
         """Of the last verify pass."""
-        self._passes[-1] = 1 + drafts
+        if self._recent:
+            self._recent[-1] = (*self._recent[-1][:-1], 1 + drafts)
+        else:
+            self._passes[-1] = 1 + drafts
 
     def end(self) -> None:
         """Nothing more is told: the next reads are for others to know."""
@@ -139,6 +142,8 @@ class Profiler:
 
     def _take(self) -> None:
         """What was kept elsewhere meanwhile."""
+        self._passes.frombytes(np.array(self._recent, dtype=float).tobytes())
+        self._recent.clear()
         for held, more in zip(
             (self._calls, self._ids, self._absent), self._choices.take(), strict=True
         ):
@@ -170,9 +175,13 @@ class Profiler:
                 for i, more in enumerate((asked, misses, misses > 0)):
                     counts[i] += more
 
+    def _table(self) -> np.ndarray:
+        """[passes, COLUMNS], of those taken."""
+        return np.array(self._passes).reshape(-1, COLUMNS)
+
     def _before(self, calls: np.ndarray) -> np.ndarray:
         """How many passes had ended when these calls, by number, were told of."""
-        ended = np.array(self._passes).reshape(-1, COLUMNS)[:, 5]
+        ended = self._table()[:, 6]
         return np.searchsorted(ended, calls, side="right")
 
     def _look(self) -> None:
@@ -188,12 +197,12 @@ class Profiler:
 
     def _made(self) -> Iterator[Step]:
         """Of the trunk's passes, with what was told since the one before."""
-        table = np.array(self._passes).reshape(-1, COLUMNS)
+        table = self._table()
         ends = self._processor(table[:, 3] - table[:, 4]).tolist()
-        mark, waits, cpu = self.began, self._waits, self._ran[1]
+        mark, waits, cpu, done = self.began, self._waits, self._ran[1], self._before_all
         drafted = rehearsed = waited = 0.0
         counts = [0, 0, 0]
-        for n, (kind, count, seconds, now, stood, *_) in enumerate(table.tolist()):
+        for n, (kind, count, seconds, now, stood, computed, *_) in enumerate(table.tolist()):
             ran = ends[n]
             counts = [sum(two) for two in zip(counts, self._asked.get(n, (0, 0, 0)), strict=True)]
             waited += stood - waits
@@ -207,13 +216,13 @@ class Profiler:
             else:
                 whole, apart = now - mark, waited + drafted + rehearsed
                 gap = max(0.0, whole - seconds - drafted)
-                host = min(max(gap, ran - cpu), max(0.0, whole - apart))
+                host = min(max(gap, ran - cpu - (computed - done)), max(0.0, whole - apart))
                 rest = max(0.0, whole - apart - host)
                 two = (0.0, rest) if kind == VERIFY else (rest, 0.0)
                 parts = two[0], waited, host, drafted, two[1], rehearsed
                 yield Step(KINDS[int(kind)], now - self.began, int(count), parts, *counts)
                 mark, drafted, rehearsed, waited, counts = now, 0.0, 0.0, 0.0, [0, 0, 0]
-            cpu = ran
+            cpu, done = ran, computed
 
     def _processor(self, clock: np.ndarray) -> np.ndarray:
         """Processor seconds of the generating thread by its clock, waits taken off: between the
@@ -273,7 +282,7 @@ class Profiler:
             ),
         )
         within: list[int] = []  # by passes before a call: that which it belongs to
-        for kind, rows, *_, kept in np.array(self._passes).reshape(-1, COLUMNS).tolist():
+        for kind, rows, *_, kept in self._table().tolist():
             within.append(len(routes.passes))  # a rehearsal lies inside the one that follows
             if kind != REHEARSE:
                 tokens = np.full(int(rows), -1, dtype=np.int32)

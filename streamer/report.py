@@ -175,8 +175,9 @@ def _steps(document: dict[str, Any], n: Numbers) -> str:
     sentence = n.fill(
         f"Most of a step went to {PART_NAMES[most]}: {{summary.step.{most}|ms}} of "
         "{summary.step_seconds|ms}. "
-        "Host is the time in which the generating thread itself ran, building the next pass and "
-        "handing out tokens; waiting for reads is what a faster disk or a larger pool would save."
+        "Host is the time in which the generating thread ran and computed nothing: looking up and "
+        "asking for experts, building the next pass, handing out tokens; waiting for reads is "
+        "what a faster disk or a larger pool would save."
     )
     if document["timeline"]["beyond"]:
         sentence += n.fill(" Bars that go beyond the top: {timeline.beyond|count}.")

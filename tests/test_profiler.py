@@ -80,6 +80,23 @@ def test_the_extension_keeps_choices_as_python_does() -> None:
 
 
 @pytest.mark.smoke
+def test_what_the_generating_thread_computes_itself_is_no_host_time() -> None:
+    native = backend.native()
+    if native is None:
+        pytest.skip("the extension is not built")
+    model: Any = load_streamed(DEMO, slots=120)
+    run(model, 4)
+    before = native.computed()
+    model.streamer.watch = profiler = Profiler(model)
+    run(model, 20)
+    spent = native.computed() - before
+    assert spent > 0, "the demo's steps are segments"
+    parts = np.array([step.parts for step in profiler.steps]).sum(axis=0)
+    told = dict(zip(PARTS, parts, strict=True))
+    assert 0.95 * spent <= told["compute"] and told["host"] > 0
+
+
+@pytest.mark.smoke
 def test_parts_of_steps_told_by_hand() -> None:
     """A wait inside a draft is a wait, and a rehearsal inside a pass is no compute."""
     model: Any = load_streamed(DEMO, slots=40)

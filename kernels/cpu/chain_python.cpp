@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "chain.h"
+#include "computing.h"
 #include "python.h"
 #include "ticket.h"
 
@@ -81,6 +82,7 @@ void bind_chain(nb::module_& m) {
         std::vector<std::vector<mx::array>> gave;
         {
           nb::gil_scoped_release free;
+          const streamer::Computing computing(&waited);
           gave = streamer::go_on(std::move(turns), std::move(inputs), waits, came);
         }
         auto choices = choices_of(gave);

@@ -1,6 +1,7 @@
 // kernels.native: layers of models, and whether what was made of them still holds.
 #include "attention_layer.h"
 #include "choose.h"
+#include "computing.h"
 #include "layers.h"
 #include "moe.h"
 #include "python.h"
@@ -282,12 +283,16 @@ void bind_layers(nb::module_& m) {
              std::vector<mx::array> states, int offset, std::vector<bool> fresh, bool taped) {
             const Call call{std::move(inputs), std::move(states), offset, std::move(fresh), taped};
             nb::gil_scoped_release free;
+            const streamer::Computing computing;
             return self.now(call, {});
           },
           "inputs"_a, "states"_a, "offset"_a, "fresh"_a, "taped"_a = false, "At once.")
       .def(
           "rewind", &streamer::SegmentOp::rewind, "states"_a, "tape"_a, "rows"_a, "kept"_a,
           "At once: states of the gated delta nets after the first `kept` of a taped call's rows.");
+  m.def(
+      "computed", [] { return streamer::Computing::seconds; },
+      "Seconds so far that this thread spent in segments computed at once, without waits for reads.");
   m.def(
       "there",
       [](const std::vector<mx::array>& arrays) {
