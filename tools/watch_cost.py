@@ -10,7 +10,9 @@ same prompt asks for the same experts each time and leaves the pool as the last 
 differ by what else the machine does only; what is done once, before the reply, is not counted.
 Of each round the watched time over the unwatched one is taken, and of these the median, with a
 range that holds the true one 19 times in 20 (order statistics, no assumption about the spread).
-Processor time, of all threads, is told beside it.
+Steps are compared one by one too, which tells more of a cost that every step has: of each place in
+the text the median over rounds, watched and not, and the sums of these; its range is of rounds
+drawn again (bootstrap). Processor time, of all threads, is told beside them.
 
 Prints a table and, last, one JSON line.
 """
@@ -30,7 +32,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
 
 from streamer.bench import PROMPT
 from streamer.console import Parser, command, number, say
@@ -71,14 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         session.close()
     rows = [_row(way, rounds) for way in ways]
-    print("| watched by | time over unwatched | range | processor time over unwatched | range |")
-    print("|---|---|---|---|---|")
+    head = " | ".join(f"{name} over unwatched | range" for name in KINDS.values())
+    print(f"| watched by | {head} |")
+    print("|---" * (1 + 2 * len(KINDS)) + "|")
     for row in rows:
-        cells = [_cells(row[name]) for name in ("time", "processor_time")]
+        cells = [_cells(row[name]) for name in KINDS]
         print(f"| {row['way']} | {' | '.join(cells)} |")
     about: dict[str, Any] = {"command": shlex.join(["python", "-m", "tools.watch_cost", *given])}
     about |= {"machine": machine(), "versions": versions(), "rounds": len(rounds)}
-    unwatched = statistics.median(r[UNWATCHED][0] for r in rounds)
+    unwatched = statistics.median(r[UNWATCHED].seconds for r in rounds)
     about |= {"tokens": len(session.tokens), "unwatched_seconds": unwatched}
     print(json.dumps(about | {"rows": rows}))
     return 0
@@ -104,7 +109,16 @@ def terminal() -> Iterator[TextIO]:
         os.close(ours)
 
 
-Round = dict[str, tuple[float, float]]  # way: seconds, processor seconds of all threads
+class Reply(NamedTuple):
+    """Seconds, processor seconds of all threads, and those of each piece of text."""
+
+    seconds: float
+    processor: float
+    steps: list[float]
+
+
+Round = dict[str, Reply]  # by way
+KINDS = {"time": "time", "steps": "steps' time", "processor_time": "processor time"}
 
 
 def _rounds(
@@ -122,8 +136,8 @@ def _rounds(
     return rounds
 
 
-def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
-    """Seconds and processor seconds of a reply."""
+def timed(session: Session, way: str, tty: TextIO) -> Reply:
+    """A reply, watched in a way."""
     streamer = session.streamer
     if way != "profile":  # a sampler does: what a pause costs what follows is not watching's
         time.sleep(SETTLING)
@@ -147,20 +161,36 @@ def timed(session: Session, way: str, tty: TextIO) -> tuple[float, float]:
             stack.enter_context(view.shown())
             write = view.write  # type: ignore[assignment]
         began, cpu = time.perf_counter(), time.process_time()
+        ends = [began]
         for piece in session.reply(session.prompt_tokens, lambda done, total: None):
             write(piece)
+            ends.append(time.perf_counter())
         stack.close()
         seconds, spent = time.perf_counter() - began, time.process_time() - cpu
     streamer.watch = None
-    return seconds, spent
+    return Reply(seconds, spent, np.diff(ends).tolist())
 
 
 def _row(way: str, rounds: Sequence[Round]) -> dict[str, Any]:
     made: dict[str, Any] = {"way": way}
-    for i, name in enumerate(("time", "processor_time")):
-        ratios = [r[way][i] / r[UNWATCHED][i] for r in rounds]
+    for name, of in (("time", "seconds"), ("processor_time", "processor")):
+        ratios = [getattr(r[way], of) / getattr(r[UNWATCHED], of) for r in rounds]
         made[name] = {"median": statistics.median(ratios), "range": median_range(ratios)}
+    watched, alone = (np.array([r[w].steps for r in rounds]) for w in (way, UNWATCHED))
+    made["steps"] = {"median": _ratio(watched, alone), "range": _ratio_range(watched, alone)}
     return made
+
+
+def _ratio(watched: np.ndarray, alone: np.ndarray) -> float:
+    """Of steps [rounds, places]."""
+    return float(np.median(watched, axis=0).sum() / np.median(alone, axis=0).sum())
+
+
+def _ratio_range(watched: np.ndarray, alone: np.ndarray) -> tuple[float, float]:
+    draw, count = np.random.default_rng(0), len(watched)
+    drawn = [draw.integers(0, count, count) for _ in range(400)]
+    low, high = np.quantile([_ratio(watched[d], alone[d]) for d in drawn], (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _cells(found: dict[str, Any]) -> str:
