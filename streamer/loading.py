@@ -176,7 +176,7 @@ def load(
     io: str = "auto",
     dtype: str = "auto",
     mtp: bool = False,
-    executor: Choice = "layerwise",
+    executor: Choice = "auto",
     guess: str = "auto",
     heat: str = "off",
     kv_bits: KVBits = "auto",

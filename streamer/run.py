@@ -110,10 +110,10 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     p.add_argument(
         "--executor",
         choices=("auto", "layerwise", "lookahead", "rehearse"),
-        default="layerwise",
-        help="stop at every layer for its experts (layerwise, when left out); while it waits, run "
-        "those behind it with what is resident, to learn what to read (lookahead); run all with "
-        "what is resident first (rehearse); auto: what is measured to be faster",
+        default="auto",
+        help="stop where a layer misses experts (layerwise); while it waits, run those behind it "
+        "with what is resident, to learn what to read (lookahead); run all with what is resident "
+        "first (rehearse); auto, when left out: what is measured to be faster",
     )
     p.add_argument(
         "--guess",
