@@ -8,7 +8,7 @@
 namespace streamer {
 namespace {
 
-// Bytes of weights that one task reads in a row, between even shares and few hand-outs, and how many
+// Bytes of weights that one task reads in a row, between even shares and few hand-outs; how many
 // tasks a thread should have where there is less to read; and the multiply-adds below which waking
 // another thread costs more than it saves.
 constexpr int64_t task_bytes = 64 << 10;
