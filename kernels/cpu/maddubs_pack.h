@@ -1,13 +1,12 @@
 // What rows of x are packed to for rows_maddubs.cpp, and 64 weights times them.
 //
-// x is held as integers of 24 bits, beside one power of two a group, each cut into a signed
-// half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into a
+// signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
 #pragma once
 
 #include <immintrin.h>
 
 #include "rows.h"
-#include "unpack.h"
 
 namespace streamer {
 namespace {
@@ -15,24 +14,20 @@ namespace {
 constexpr int W = 8;
 constexpr int64_t columns = 64; // of a block, 32 bytes of weights
 // Of a row of x, for a block: h of every fourth value from the first, third, second and fourth on;
-// l of the even ones, then of the odd ones.
-constexpr int64_t block_bytes = 6 * 32;
+// l of the even ones, then of the odd ones; eight units.
+constexpr int64_t block_bytes = 7 * 32;
 
 struct Layout {
-  int64_t K, G, blocks, sums; // sums: places for what a row has by group
+  int64_t K, G, blocks, sums;
 
   explicit Layout(const Matrix& A)
       : K(A.K),
         G(A.K / A.group),
         blocks((A.K + columns - 1) / columns),
-        sums((G + W - 1) / W * W + W) {}
+        sums((G + W - 1) / W * W) {}
 
   int64_t row_bytes() const {
     return K / 2;
-  }
-  // Where in M packed rows their sums by group begin; their units follow.
-  int64_t rest(int M) const {
-    return M * blocks * block_bytes / 4;
   }
 };
 
@@ -62,29 +57,39 @@ inline __m256i lowest(const __m256i* q) {
   return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order);
 }
 
-struct Power {
-  float up, unit; // to integers below 2^23, and back
-};
+// In lane i of the first and of the second half, the largest of that half of a, b, c, d.
+inline __m256i largest(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i p = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i q = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return _mm256_max_epi32(_mm256_unpacklo_epi64(p, q), _mm256_unpackhi_epi64(p, q));
+}
 
-// For `count` neighbours, a multiple of 32.
-inline Power power_of(const float* x, int64_t count) {
+// Eight times eight neighbours as integers below 2^23, and the powers of two that bring them back.
+inline void fixed(const float* x, __m256i* q, float* units) {
   const __m256i positive = _mm256_set1_epi32(0x7fffffff);
-  __m256i most = _mm256_setzero_si256();
-  for (int64_t i = 0; i < count; i += W) {
-    const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
-    most = _mm256_max_epi32(most, _mm256_and_si256(bits, positive));
+  __m256i a[8];
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + W * i)), positive);
   }
-  __m128i four =
-      _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  const int32_t bits = _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
-  // Half a digit is added to the largest value: above 0x7f7f80 the half-word would not fit.
-  int32_t exponent = (bits >> 23) + ((bits & 0x7fffff) > 0x7e0000);
-  exponent = exponent > 32 ? exponent : 32;
+  const __m256i r = largest(a[0], a[1], a[2], a[3]), s = largest(a[4], a[5], a[6], a[7]);
+  const __m256i bits = _mm256_max_epi32(
+      _mm256_permute2x128_si256(r, s, 0x20), _mm256_permute2x128_si256(r, s, 0x31));
+  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+  const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
+  __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), full);
+  exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(32));
   // x < 2^(exponent - 126), and 22 bits more are kept.
-  const uint32_t back = static_cast<uint32_t>(exponent - 22);
-  const bool wild = bits > 0x7f7fffff;
-  return {from_bits((254 - back) << 23), wild ? from_bits(0xffffffffu) : from_bits(back << 23)};
+  const __m256i back = _mm256_sub_epi32(exponent, _mm256_set1_epi32(22));
+  const __m256i up = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(254), back), 23);
+  const __m256i wild = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7fffff));
+  _mm256_store_ps(
+      units, _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(back, 23), wild)));
+  for (int i = 0; i < 8; ++i) {
+    const __m256i every = _mm256_permutevar8x32_epi32(up, _mm256_set1_epi32(i));
+    q[i] = _mm256_cvtps_epi32(
+        _mm256_mul_ps(_mm256_loadu_ps(x + W * i), _mm256_castsi256_ps(every)));
+  }
 }
 
 // 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
@@ -137,18 +142,16 @@ inline void high_digits(const __m256i* q, __m256i* to) {
   _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
 }
 
-// One block of one row of x, zeros after `count`, and its lanes' sums as integers. up: of each
-// half.
-inline __m256 pack_block(const float* x, int64_t count, const float* up, uint8_t* out) {
+// One block of one row of x, zeros after `count`, and its lanes' sums.
+inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
   alignas(32) float tail[columns];
   if (count < columns) {
     for (int64_t i = 0; i < columns; ++i) tail[i] = i < count ? x[i] : 0.0f;
     x = tail;
   }
+  float* units = reinterpret_cast<float*>(out + 192);
   __m256i q[8];
-  for (int i = 0; i < 8; ++i) {
-    q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + W * i), _mm256_set1_ps(up[i / 4])));
-  }
+  fixed(x, q, units);
   auto* to = reinterpret_cast<__m256i*>(out);
   const __m256i a = lowest(q), b = lowest(q + 4), half = _mm256_set1_epi32(128);
   _mm256_store_si256(to + 4, every_other<0>(a, b));
@@ -156,40 +159,31 @@ inline __m256 pack_block(const float* x, int64_t count, const float* up, uint8_t
   for (__m256i& one : q) one = _mm256_srai_epi32(_mm256_add_epi32(one, half), 8);
   high_digits(q, to);
   const Weights ones(_mm256_set1_epi8(17));
-  return whole(ones, out);
+  return _mm256_mul_ps(whole(ones, out), _mm256_load_ps(units));
 }
 
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_avx2().packed(A, M);
   const Layout L(A);
-  return L.rest(M) + 2 * M * L.sums;
+  return M * (L.blocks * block_bytes / 4 + L.sums);
 }
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
   if (!known(A)) return rows_avx2().pack(A, M, x, out);
   const Layout L(A);
-  float *sums = out + L.rest(M), *units = sums + M * L.sums;
-  for (int64_t i = 0; i < 2 * M * L.sums; ++i) sums[i] = 0.0f;
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  float* sums = out + M * L.blocks * block_bytes / 4;
+  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
   const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
-  for (int m = 0; m < M; ++m, sums += L.sums, units += L.sums) {
-    auto* to = reinterpret_cast<uint8_t*>(out) + m * block_bytes;
-    float up[2] = {0.0f, 0.0f};
-    for (int64_t k = 0; k < L.blocks; ++k, to += M * block_bytes) {
-      const int64_t first = 2 * k >> apart, second = (2 * k + 1) >> apart;
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = k * columns + 32 * i;
-        if (at >= L.K || at % A.group != 0) continue;
-        const Power power = power_of(x[m] + at, A.group);
-        units[at / A.group] = power.unit;
-        for (int j = i; j < 2; ++j) up[j] = power.up;
-      }
-      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, up, to);
+  for (int64_t k = 0; k < L.blocks; ++k) {
+    for (int m = 0; m < M; ++m, to += block_bytes) {
+      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, to);
       // Of each half of the block: a group of 32, or a part of one.
       const __m128 four =
           _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
       const __m128 two = _mm_hadd_ps(four, four);
-      sums[first] += _mm_cvtss_f32(two) * units[first];
-      sums[second] += _mm_cvtss_f32(_mm_movehdup_ps(two)) * units[second];
+      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
+      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
     }
   }
 }

@@ -1,10 +1,10 @@
 // rows.h with AVX2 and products of small integers: affine weights of 4 bits as what they are,
 // against x in fixed point, as rows_vnni.cpp has it; everything else as with AVX2.
 //
-// A group of x is held as integers of 24 bits beside one power of two, each cut into a signed
-// half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact, so the only
-// roundings are that of x, to 2^-23 of the group's largest, and those of the lanes' sums. So 14
-// operations make the products of 64 weights and a row; three digits of 8 bits take 17.
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into a
+// signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact, so the
+// only roundings are that of x, to 2^-23 of the largest neighbour, and those of the lanes' sums.
+// So 15 operations make the products of 64 weights and a row; three digits of 8 bits take 18.
 //
 // Some output rows are taken a stretch of columns at a time, so that the rows of x there stay in
 // the first-level cache; their sums wait in memory, and are added up over lanes four at a time.
@@ -21,7 +21,6 @@ namespace {
 constexpr int64_t fetched = 8192; // bytes of weights between those in use and those asked for
 constexpr int64_t held_bytes = 32 << 10; // of weights of the output rows that are taken together
 constexpr int64_t stretch_bytes = 14 << 10; // of x that is taken at a time
-constexpr int64_t units_held = 160; // of a row of x there
 
 // Output rows that are taken together.
 int64_t held_rows(const Layout& L) {
@@ -32,7 +31,7 @@ int64_t held_rows(const Layout& L) {
 int64_t scratch(const Matrix& A) {
   if (!known(A)) return rows_avx2().scratch(A);
   const Layout L(A);
-  return held_rows(L) * (max_rows * W + 2 * L.G) + max_rows * units_held;
+  return held_rows(L) * (max_rows * W + 2 * L.G);
 }
 
 // Scales (or biases) from `index` on as floats: where they lie, or in `room`.
@@ -86,32 +85,11 @@ inline __attribute__((always_inline)) void of_biases(
   for (int m = 0; m < M; ++m) _mm256_store_ps(total + m * W, sum[m]);
 }
 
-// Lanes that are among the first `count`.
-inline __m256i among(int64_t count) {
-  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
-}
-
-// Groups [begin, end) of an output row's scales times the units of x.
-template <int M>
-inline __attribute__((always_inline)) void scaled_units(
-    const Layout& L, const float* scales, const float* units, int64_t begin, int64_t end,
-    float* to) {
-  for (int64_t g = begin; g < end; g += W) {
-    const __m256 s = g + W <= L.G ? _mm256_loadu_ps(scales + g)
-                                  : _mm256_maskload_ps(scales + g, among(L.G - g));
-    for (int m = 0; m < M; ++m) {
-      const __m256 unit = _mm256_loadu_ps(units + m * L.sums + g);
-      _mm256_storeu_ps(to + m * units_held + g - begin, _mm256_mul_ps(s, unit));
-    }
-  }
-}
-
-// Blocks [begin, end) of an output row on top of `total`. units: of their groups, times the scale.
-// per: blocks to a group, 0: two groups to a block.
+// Blocks [begin, end) of an output row on top of `total`. per: blocks to a group, 0: two groups to
+// a block.
 template <int M, int per>
 inline __attribute__((always_inline)) void stretch(
-    const Layout& L, const uint8_t* weights, const uint8_t* x, const float* units, float* total,
+    const Layout& L, const uint8_t* weights, const uint8_t* x, const float* scales, float* total,
     int64_t begin, int64_t end, int64_t ahead) {
   constexpr bool held = M <= 4; // more don't fit into registers beside the weights
   __m256 sum[M];
@@ -123,11 +101,13 @@ inline __attribute__((always_inline)) void stretch(
     const auto* half = reinterpret_cast<const __m128i*>(weights);
     const Weights w(
         part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(from));
-    const float* u = units + (per == 0 ? 2 * k : per == 1 ? k : k >> 1);
-    for (int m = 0; m < M; ++m, x += block_bytes, u += units_held) {
-      const __m256 by = per == 0 && !part
-          ? _mm256_insertf128_ps(_mm256_broadcast_ss(u), _mm_broadcast_ss(u + 1), 1)
-          : _mm256_broadcast_ss(u);
+    const float* s = scales + (per == 0 ? 2 * k : k / per);
+    const __m256 scale = per == 0 && !part
+        ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
+        : _mm256_broadcast_ss(s);
+    for (int m = 0; m < M; ++m, x += block_bytes) {
+      const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(x + 192));
+      const __m256 by = _mm256_mul_ps(scale, unit);
       if (held) {
         sum[m] = _mm256_fmadd_ps(whole(w, x), by, sum[m]);
       } else {
@@ -137,15 +117,15 @@ inline __attribute__((always_inline)) void stretch(
     }
     weights += 32;
   };
-  const int64_t full = (L.K / columns < end ? L.K / columns : end) - begin;
-  int64_t k = 0;
+  const int64_t full = L.K / columns < end ? L.K / columns : end;
+  int64_t k = begin;
   for (; k + 2 <= full; k += 2) {
     __builtin_prefetch(weights + ahead, 0, 2);
     block(k, false);
     block(k + 1, false);
   }
   for (; k < full; ++k) block(k, false);
-  if (k < end - begin) block(k, true);
+  if (k < end) block(k, true);
   for (int m = 0; m < M && held; ++m) _mm256_store_ps(total + m * W, sum[m]);
 }
 
@@ -155,10 +135,9 @@ void run_rows(
     const Matrix& A, const Layout& L, const float* packed, float* scratch, float* const* y,
     int64_t begin, int64_t end) {
   const auto* x = reinterpret_cast<const uint8_t*>(packed);
-  const float *of_x = packed + L.rest(M), *units = of_x + M * L.sums;
+  const float* of_x = packed + M * L.blocks * block_bytes / 4;
   const int64_t count = end - begin, scales = count * L.G, row_bytes = L.row_bytes();
-  float *total = scratch, *by_group = scratch + held_rows(L) * max_rows * W,
-        *room = by_group + max_rows * units_held;
+  float *total = scratch, *room = scratch + held_rows(L) * M * W;
   // What comes next is fetched meanwhile: no stride tells the hardware.
   const int64_t width = A.scale == Scale::f32 ? 4 : 2;
   for (int64_t i = 0; i < scales * width; i += 64) {
@@ -167,24 +146,21 @@ void run_rows(
   }
   const float* scale = widened(A.scales, A.scale, begin * L.G, scales, room);
   const float* bias = widened(A.biases, A.scale, begin * L.G, scales, room + scales);
-  const __m256i rest = among(L.G % W);
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(L.G % W)), lane);
   for (int64_t r = 0; r < count; ++r) {
     of_biases<M>(L, of_x, bias + r * L.G, rest, total + r * M * W);
   }
   const auto* weights = static_cast<const uint8_t*>(A.w) + begin * row_bytes;
-  constexpr int64_t blocks = stretch_bytes / (M * block_bytes) / 2 * 2;
-  static_assert(2 * blocks + W <= units_held);
+  const int64_t blocks = stretch_bytes / (M * block_bytes) / 2 * 2;
   const int64_t rows_ahead =
       L.blocks > blocks ? held_rows(L) : (fetched + row_bytes - 1) / row_bytes;
   const int64_t ahead = rows_ahead * row_bytes;
   for (int64_t k = 0; k < L.blocks; k += blocks) {
     const int64_t to = k + blocks < L.blocks ? k + blocks : L.blocks;
-    const int64_t first = per == 0 ? 2 * k : k / per,
-                  last = per == 0 ? 2 * to : (to + per - 1) / per;
     for (int64_t r = 0; r < count; ++r) {
-      scaled_units<M>(L, scale + r * L.G, units, first, last, by_group);
       stretch<M, per>(
-          L, weights + r * row_bytes, x, by_group, total + r * M * W, k, to, ahead);
+          L, weights + r * row_bytes, x, scale + r * L.G, total + r * M * W, k, to, ahead);
     }
   }
   for (int m = 0; m < M; ++m) {
