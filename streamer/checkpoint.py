@@ -132,13 +132,20 @@ def _check_counts(path: Path, config: dict[str, Any], tensors: int) -> None:
         for name, value in part.items():
             if not isinstance(value, int | float):
                 continue
-            # no expert a token would be all of them, by NumPy's rules for ranges
-            wrong = name == "num_experts_per_tok" and value < 1
-            wrong |= name.endswith("experts") and value > MOST
+            wrong = name.endswith("experts") and value > MOST
+            if name == "num_experts_per_tok":
+                # none a token would be all of them, by NumPy's rules for ranges
+                wrong = value < 0 or (value == 0 and _experts(part) > 0)
             if name in DEPTHS and value > tensors:
                 raise CheckpointError(f"{path}: {name} is {value}, and there are {tensors} tensors")
             if wrong:
                 raise CheckpointError(f"{path}: {name} is {value}")
+
+
+def _experts(config: dict[str, Any]) -> float:
+    """The most of a layer that a configuration names; 0 of a dense model."""
+    named = (n for name, n in config.items() if name.endswith("experts"))
+    return max((n for n in named if isinstance(n, int | float)), default=0)
 
 
 def _check_end_token(path: Path, settings: dict[str, Any]) -> None:

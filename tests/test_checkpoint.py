@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from streamer.checkpoint import INDEX, SETTINGS, Checkpoint
+from streamer.checkpoint import INDEX, SETTINGS, Checkpoint, _check_counts
 from streamer.errors import CheckpointError
 
 pytestmark = pytest.mark.smoke
@@ -234,3 +234,10 @@ def test_400_gb_open_in_two_seconds(tmp_path: Path) -> None:
         best = min(best, time.process_time() - began)
     assert checkpoint.nbytes == 400e9 and len(checkpoint.tensors) == 100_000
     assert best < 2, f"{best:.2f} s"
+
+
+@pytest.mark.smoke
+def test_a_dense_model_may_name_no_experts() -> None:
+    _check_counts(Path("config.json"), {"num_local_experts": 0, "num_experts_per_tok": 0}, 10)
+    with pytest.raises(CheckpointError, match="num_experts_per_tok is 0"):
+        _check_counts(Path("config.json"), {"num_local_experts": 8, "num_experts_per_tok": 0}, 10)
