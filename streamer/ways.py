@@ -201,7 +201,9 @@ class Ways:
     def _judge(self, way: Way) -> None:
         """So many passes of a trial are over: whether it goes on, and if not, what came of it."""
         best, cost = self._cost(self._best), self._cost(way)
-        assert best is not None and cost is not None
+        if best is None or cost is None:  # its passes were run another way
+            self._trial = None
+            return
         if len(self._costs[way]) < ENOUGH and cost < SLOWER * best:
             self._left = TRIAL - 1
             return

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -142,3 +143,15 @@ def test_a_way_that_only_looked_faster_is_left_soon() -> None:
 
     chosen = run(Ways(("layerwise", "lookahead")), 300, warming)
     assert chosen[100:].count("layerwise") >= 180
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_passes_that_were_run_another_way(seed: int) -> None:
+    """Whatever is recorded, a way is chosen."""
+    random = Random(seed)
+    ways = Ways(eager=seed % 2 == 0)
+    for _ in range(300):
+        way = ways.choose()
+        assert way in WAYS
+        ran = way if random.random() < 0.8 else random.choice(WAYS)
+        ways.record(ran, Seen(*(random.choice((0.0, random.random(), 1e6)) for _ in range(4))))
