@@ -51,6 +51,15 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of the family that runs in segments, in 4 bits. Not to be changed."""
+    from families import make_tiny
+
+    folder = tmp_path_factory.mktemp("tiny_qwen") / "model"
+    return make_tiny("qwen3_5_moe", folder, quantization={"bits": 4, "group_size": 32})
+
+
 def pip(*arguments: str | Path) -> None:
     argv = [sys.executable, "-m", "pip", *map(str, arguments)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)

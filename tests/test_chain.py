@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
 
@@ -27,15 +26,6 @@ pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension d
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 ROWS = [1, 3, 2, 1, 4, 1, 1, 2]  # of passes, of which the first half is kept
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(
-        "qwen3_5_moe",
-        tmp_path_factory.mktemp("tiny") / "model",
-        quantization={"bits": 4, "group_size": 32},
-    )
 
 
 class Notes:
@@ -96,9 +86,9 @@ def same(ours: list[mx.array], theirs: list[mx.array]) -> bool:
 @pytest.mark.parametrize("taped", [False, True])
 @pytest.mark.parametrize("slots", [12, 24, 40, 60])
 def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
-    tiny: Path, slots: int, taped: bool, watched: bool
+    tiny_qwen: Path, slots: int, taped: bool, watched: bool
 ) -> None:
-    ours, own = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
+    ours, own = load_streamed(tiny_qwen, slots=slots), load_streamed(tiny_qwen, slots=slots)
     ask_at_each(own)
     notes, own_notes = Notes(ours, watched), Notes(own, watched)
     rows = ROWS * 3 if taped else [1] * 24
@@ -117,8 +107,8 @@ def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
     own.streamer.close()
 
 
-def test_a_pass_stops_only_where_a_layer_misses(tiny: Path) -> None:
-    model = load_streamed(tiny, slots=24)
+def test_a_pass_stops_only_where_a_layer_misses(tiny_qwen: Path) -> None:
+    model = load_streamed(tiny_qwen, slots=24)
     cache, counters = make_prompt_cache(model), model.streamer.counters
     model(mx.array([PROMPT]), cache=cache)
     for token in range(5, 25):
@@ -129,8 +119,8 @@ def test_a_pass_stops_only_where_a_layer_misses(tiny: Path) -> None:
     model.streamer.close()
 
 
-def test_layers_between_chains_have_the_same_bits(tiny: Path) -> None:
-    ours, own = load_streamed(tiny, slots=24), load_streamed(tiny, slots=24)
+def test_layers_between_chains_have_the_same_bits(tiny_qwen: Path) -> None:
+    ours, own = load_streamed(tiny_qwen, slots=24), load_streamed(tiny_qwen, slots=24)
     ask_at_each(own)
     got = [passes(m, make_cache(m, 4, 4), ROWS, False) for m in (ours, own)]
     assert same(*got)
@@ -142,7 +132,7 @@ def test_layers_between_chains_have_the_same_bits(tiny: Path) -> None:
 @pytest.mark.parametrize("slots", [12, 24, 50])
 @pytest.mark.parametrize("executor", ["layerwise", "lookahead", "auto"])
 def test_no_slot_is_used_that_is_being_refilled(
-    tiny: Path, slots: int, executor: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, slots: int, executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Residency.load
 
@@ -152,19 +142,19 @@ def test_no_slot_is_used_that_is_being_refilled(
                 view[slot] = 0xFF
         return load(self, layer, experts, slots, guess)
 
-    whole = load_streamed(tiny)
+    whole = load_streamed(tiny_qwen)
     want = passes(whole, make_prompt_cache(whole), ROWS * 2, False)
     monkeypatch.setattr(Residency, "load", spoil)
     disk = Disk.parse("40MB/s@1ms")
-    model = load_streamed(tiny, slots=slots, executor=executor, disk=disk)
+    model = load_streamed(tiny_qwen, slots=slots, executor=executor, disk=disk)
     assert same(passes(model, make_prompt_cache(model), ROWS * 2, False), want)
     assert model.streamer.counters.misses
     model.streamer.close()
     whole.streamer.close()
 
 
-def test_guesses_are_told_of_every_choice(tiny: Path) -> None:
-    model = load_streamed(tiny, slots=24, executor="lookahead")
+def test_guesses_are_told_of_every_choice(tiny_qwen: Path) -> None:
+    model = load_streamed(tiny_qwen, slots=24, executor="lookahead")
     run = model.streamer.executors[0]
     mx.eval(model(mx.array([[7]]), cache=make_prompt_cache(model)))
     assert run.fetching.slots(1) is run.pool.slot_of[1]
@@ -187,9 +177,9 @@ def test_guesses_are_told_of_every_choice(tiny: Path) -> None:
 
 
 def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, own = load_streamed(tiny, slots=24), load_streamed(tiny, slots=24)
+    ours, own = load_streamed(tiny_qwen, slots=24), load_streamed(tiny_qwen, slots=24)
     cache, other = make_prompt_cache(ours), make_prompt_cache(own)
     for model, held in ((ours, cache), (own, other)):
         model(mx.array([PROMPT]), cache=held)
@@ -228,8 +218,8 @@ def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
     own.streamer.close()
 
 
-def test_what_does_not_fit_a_chain_is_refused(tiny: Path) -> None:
-    model = load_streamed(tiny, slots=24)
+def test_what_does_not_fit_a_chain_is_refused(tiny_qwen: Path) -> None:
+    model = load_streamed(tiny_qwen, slots=24)
     native: Any = backend.native()
     plan: Any = plans._plan(model.language_model, make_prompt_cache(model))
     row = plan.runs[0]._rows[0]

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from families import make_tiny
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -24,18 +23,9 @@ pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension d
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(
-        "qwen3_5_moe",
-        tmp_path_factory.mktemp("tiny") / "model",
-        quantization={"bits": 4, "group_size": 32},
-    )
-
-
 @pytest.fixture
-def paged(tiny: Path) -> Iterator[Any]:
-    model = load_streamed(tiny, slots=16)
+def paged(tiny_qwen: Path) -> Iterator[Any]:
+    model = load_streamed(tiny_qwen, slots=16)
     yield model
     model.streamer.close()
 
@@ -52,9 +42,9 @@ def plan_of(model: Any) -> Any:
 @pytest.mark.smoke
 @pytest.mark.parametrize("slots", [4, 16, 50])
 def test_bits_and_counters_are_those_of_layers(
-    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, own, whole = (load_streamed(tiny, slots=n) for n in (slots, slots, None))
+    ours, own, whole = (load_streamed(tiny_qwen, slots=n) for n in (slots, slots, None))
     assert plan_of(ours).paged and len(plan_of(ours).runs) == 1 and not plan_of(whole).paged
     tokens, logprobs = decode(ours)
     assert decode(whole)[0] == tokens
@@ -77,7 +67,7 @@ def test_bits_and_counters_are_those_of_layers(
 @pytest.mark.smoke
 @pytest.mark.parametrize("slots", [12, 24, 50])
 def test_rows_have_the_bits_and_reads_of_layers(
-    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = mx.array([[4, 7, 4], [9, 9, 1], [2, 30, 31]])
 
@@ -92,7 +82,7 @@ def test_rows_have_the_bits_and_reads_of_layers(
         held = tree_flatten([c.state for c in cache])
         return out, [a for _, a in held if isinstance(a, mx.array)]
 
-    ours, own = load_streamed(tiny, slots=slots), load_streamed(tiny, slots=slots)
+    ours, own = load_streamed(tiny_qwen, slots=slots), load_streamed(tiny_qwen, slots=slots)
     got, states = run(ours)
     assert plan_of(ours).takes(tokens[:1])
     monkeypatch.setattr(plans, "_plan", lambda *_: None)
@@ -104,8 +94,8 @@ def test_rows_have_the_bits_and_reads_of_layers(
     own.streamer.close()
 
 
-def test_a_union_larger_than_the_pool_is_left_to_layers(tiny: Path) -> None:
-    model, whole = load_streamed(tiny, slots=4), load_streamed(tiny, slots=None)
+def test_a_union_larger_than_the_pool_is_left_to_layers(tiny_qwen: Path) -> None:
+    model, whole = load_streamed(tiny_qwen, slots=4), load_streamed(tiny_qwen, slots=None)
     tokens = mx.array([[4, 7, 30, 31]])
     got = [m(tokens, cache=make_prompt_cache(m)) for m in (model, whole)]
     assert mx.array_equal(*got)
@@ -113,18 +103,18 @@ def test_a_union_larger_than_the_pool_is_left_to_layers(tiny: Path) -> None:
     whole.streamer.close()
 
 
-def test_a_slow_disk_is_waited_for(tiny: Path, paged: Any) -> None:
+def test_a_slow_disk_is_waited_for(tiny_qwen: Path, paged: Any) -> None:
     from streamer.disk import Disk
 
-    slow = load_streamed(tiny, slots=16, disk=Disk.parse("20MB/s@1ms"))
+    slow = load_streamed(tiny_qwen, slots=16, disk=Disk.parse("20MB/s@1ms"))
     assert decode(slow)[0] == decode(paged)[0]
     assert slow.streamer.counters.io_wait_seconds > 0
     slow.streamer.close()
 
 
-def test_a_failed_read_is_an_error_and_no_token(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_read_is_an_error_and_no_token(tiny_qwen: Path, tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    shutil.copytree(tiny, path)
+    shutil.copytree(tiny_qwen, path)
     model = load_streamed(path, slots=4)
     want = decode(model)[0]
     file = next(path.glob("*.safetensors"))
@@ -141,10 +131,10 @@ def test_a_failed_read_is_an_error_and_no_token(tiny: Path, tmp_path: Path) -> N
 
 
 def test_without_the_extensions_reads_layers_run_alone(
-    tiny: Path, paged: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, paged: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STREAMER_READS", "python")
-    model = load_streamed(tiny, slots=16)
+    model = load_streamed(tiny_qwen, slots=16)
     assert plan_of(model) is None
     assert decode(model)[0] == decode(paged)[0]
     model.streamer.close()
