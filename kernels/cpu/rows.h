@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace streamer {
 
@@ -61,4 +62,22 @@ const Rows& rows_vnni();
 const Rows& rows_neon();
 const Rows* rows_amx(); // null where the compiler does not know the tiles
 
+namespace {
+
+// run(std::integral_constant<int, M>) for M of 1 to max_rows: code of its own for each.
+template <typename Run>
+inline void by_rows(int M, Run run) {
+  switch (M) {
+    case 1: return run(std::integral_constant<int, 1>());
+    case 2: return run(std::integral_constant<int, 2>());
+    case 3: return run(std::integral_constant<int, 3>());
+    case 4: return run(std::integral_constant<int, 4>());
+    case 5: return run(std::integral_constant<int, 5>());
+    case 6: return run(std::integral_constant<int, 6>());
+    case 7: return run(std::integral_constant<int, 7>());
+    case 8: return run(std::integral_constant<int, 8>());
+  }
+}
+
+} // namespace
 } // namespace streamer

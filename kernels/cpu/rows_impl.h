@@ -323,16 +323,7 @@ void run_rows(
 template <class V>
 void run(
     const Matrix& A, int M, const float* x, float* scratch, float* const* y, int begin, int end) {
-  switch (M) {
-    case 1: return run_rows<V, 1>(A, x, scratch, y, begin, end);
-    case 2: return run_rows<V, 2>(A, x, scratch, y, begin, end);
-    case 3: return run_rows<V, 3>(A, x, scratch, y, begin, end);
-    case 4: return run_rows<V, 4>(A, x, scratch, y, begin, end);
-    case 5: return run_rows<V, 5>(A, x, scratch, y, begin, end);
-    case 6: return run_rows<V, 6>(A, x, scratch, y, begin, end);
-    case 7: return run_rows<V, 7>(A, x, scratch, y, begin, end);
-    case 8: return run_rows<V, 8>(A, x, scratch, y, begin, end);
-  }
+  by_rows(M, [&](auto rows) { run_rows<V, rows.value>(A, x, scratch, y, begin, end); });
 }
 
 // x / (1 + e^-x), within 2 ulp; plain arithmetic, for the compiler to vectorise.

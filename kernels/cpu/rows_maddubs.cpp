@@ -180,16 +180,7 @@ void run_groups(
   const Layout L(A);
   for (int64_t n = begin, to; n < end; n = to) {
     to = n + held_rows(L) < end ? n + held_rows(L) : end;
-    switch (M) {
-      case 1: run_rows<1, per>(A, L, packed, scratch, y, n, to); break;
-      case 2: run_rows<2, per>(A, L, packed, scratch, y, n, to); break;
-      case 3: run_rows<3, per>(A, L, packed, scratch, y, n, to); break;
-      case 4: run_rows<4, per>(A, L, packed, scratch, y, n, to); break;
-      case 5: run_rows<5, per>(A, L, packed, scratch, y, n, to); break;
-      case 6: run_rows<6, per>(A, L, packed, scratch, y, n, to); break;
-      case 7: run_rows<7, per>(A, L, packed, scratch, y, n, to); break;
-      case 8: run_rows<8, per>(A, L, packed, scratch, y, n, to); break;
-    }
+    by_rows(M, [&](auto rows) { run_rows<rows.value, per>(A, L, packed, scratch, y, n, to); });
   }
 }
 

@@ -1,10 +1,8 @@
 // What rows_vnni.cpp and rows_amx.cpp share: scales as vectors of sixteen floats, the ends of rows
-// masked, and the way from a number of rows to code for so many.
+// masked.
 #pragma once
 
 #include <immintrin.h>
-
-#include <type_traits>
 
 #include "rows.h"
 
@@ -26,21 +24,6 @@ inline __m512 wide(__mmask16 some, const void* base, Scale type, int64_t index) 
       _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(base) + index);
   if (type == Scale::f16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// run(std::integral_constant<int, M>) for M of 1 to 8.
-template <typename Run>
-inline void by_rows(int M, Run run) {
-  switch (M) {
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
-    case 4: return run(std::integral_constant<int, 4>());
-    case 5: return run(std::integral_constant<int, 5>());
-    case 6: return run(std::integral_constant<int, 6>());
-    case 7: return run(std::integral_constant<int, 7>());
-    case 8: return run(std::integral_constant<int, 8>());
-  }
 }
 
 } // namespace
