@@ -1,8 +1,9 @@
 """Qwen3.5's decoder layers in a row as one operation, and the states that it takes and gives.
 
 Where experts are paged a segment ends with what a router chose and the next begins with those
-experts. A chain of them runs at once and not by MLX's graph, and looks the experts' slots up
-itself: it comes back where one is absent, with the choice, and goes on when its read has begun.
+experts. A chain of them runs at once and not by MLX's graph. Where nothing is guessed it brings the
+experts in itself, to its end; else it looks their slots up and comes back where one is absent, with
+the choice, and goes on when its read has begun.
 Rows of a pass can be taken back where a `Tape` was given: keys and values are cut, and for the
 states of gated delta nets the pass leaves what they were made of. `kernels.plans` makes segments
 of a model.
@@ -28,10 +29,25 @@ States = tuple[list[mx.array], int, list[bool]]  # tokens in the caches, what ma
 Seen = Callable[[mx.array, mx.array], None]  # x before the last norm and after it
 
 
+class Serving(Protocol):
+    """What stands behind the pagers of one pool, for a whole pass."""
+
+    def begin(self) -> Any | None:
+        """A `kernels.native.ExpertCache`, None where choices are to be fetched one by one."""
+
+    def end(self, layer: int, rows: int, waited: float) -> None:
+        """A pass over rows came to its last layer; seconds waited. Raises where a read failed."""
+
+    def lost(self) -> None:
+        """The pass ended otherwise."""
+
+
 class Pager(Protocol):
     """What stands behind a switch whose experts are paged: `switch.pager`, where it has one."""
 
     switch: nn.Module  # mlx-lm's, over slots
+    serving: Serving
+    layer: int  # of its serving's cache
 
     def slots(self) -> np.ndarray | None:
         """Int32 [experts], -1 where one is absent: as they are until anything else is asked of it.
@@ -228,6 +244,7 @@ class Pages:
         self._rows = rows
         self._ops = [row.op for row in rows]
         self._pagers = [row.pager for row in rows if row.pager is not None]
+        self._last = {pager.serving: pager.layer for pager in self._pagers}
 
     def takes(self, choices: int) -> bool:
         """Whether a pass with so many choices of experts in a layer can be run."""
@@ -237,10 +254,43 @@ class Pages:
         self, inputs: list[mx.array], cache: Sequence[Any], tape: Tape | None = None
     ) -> list[mx.array]:
         """As `Row`'s, but evaluated. The caches hold what they held if it raises."""
-        native = backend.native()
-        assert native is not None
         shape = inputs[0].shape
         states = [row.states(shape, cache) for row in self._rows]
+        gave = self._served(inputs, states, tape is not None)
+        if gave is None:
+            gave = self._asked(inputs, states, tape is not None)
+        for row, out, given in zip(self._rows, gave, states, strict=True):
+            last = row.taken(out, given, shape[1], cache, tape)
+        return last
+
+    soon = __call__
+
+    def _served(
+        self, inputs: list[mx.array], states: list[States], taped: bool
+    ) -> list[list[mx.array]] | None:
+        """What each segment gives, where experts are brought in without asking; else None."""
+        native: Any = backend.native()
+        made = {serving: serving.begin() for serving in self._last}
+        if any(one is None for one in made.values()):
+            return None
+        caches = [(made[pager.serving], pager.layer) for pager in self._pagers]
+        try:
+            gave, _, waited = native.go_on(self._ops, states, inputs, [], taped, (), caches)
+        except BaseException:
+            for serving in made:
+                serving.lost()
+            raise
+        rows = inputs[0].shape[1]
+        for serving, layer in self._last.items():
+            serving.end(layer, rows, waited)
+            waited = 0.0
+        return gave  # type: ignore[no-any-return]
+
+    def _asked(
+        self, inputs: list[mx.array], states: list[States], taped: bool
+    ) -> list[list[mx.array]]:
+        """What each segment gives, the pagers being asked wherever an expert is absent."""
+        native: Any = backend.native()
         gave: list[list[mx.array]] = []
         arrivals: Arrivals = ()
         rehearsed: tuple[int, list[mx.array]] = (0, [])
@@ -248,7 +298,7 @@ class Pages:
             at = len(gave)
             slots = [pager.slots() for pager in self._pagers[at:]]
             now, choices, waited = native.go_on(
-                self._ops[at:], states[at:], inputs, slots, tape is not None, arrivals
+                self._ops[at:], states[at:], inputs, slots, taped, arrivals
             )
             if at:
                 self._pagers[at - 1].arrived(waited)
@@ -257,7 +307,7 @@ class Pages:
             gave += now
             at = len(gave)
             if at == len(self._rows):
-                break
+                return gave
             waiting = self._pagers[at - 1]
             stream, normed, ids, scores, opening = now[-1][:5]
             found, arrivals = waiting.fetch(ids, normed)
@@ -266,11 +316,6 @@ class Pages:
                 if rehearsed[0] <= at:
                     rehearsed = at, _without(inputs, arrivals)
                 rehearsed = self._rehearse(waiting, *rehearsed, states)
-        for row, out, given in zip(self._rows, gave, states, strict=True):
-            last = row.taken(out, given, shape[1], cache, tape)
-        return last
-
-    soon = __call__
 
     def _rehearse(
         self, waiting: Pager, at: int, inputs: list[mx.array], states: list[States]

@@ -29,6 +29,7 @@ from .experts import LayerExperts
 from .fetching import Fetching
 from .pairs import Groups, projections
 from .residency import DECODE_PAIRS, Parts, Residency
+from .serving import Serving
 from .store import Store
 
 
@@ -76,6 +77,7 @@ class Executor(Residency):
     ):
         super().__init__(layers, slots, store, counters)
         self.fetching = Fetching(self)
+        self.serving = Serving(self)
         self.note: Callable[[Note], None] | None = None  # takes the calls of a rehearsal
         self.known: dict[int, np.ndarray] = {}  # what a layer's next call will choose
         # told of a call that waits; if it says so the call takes what is at hand and is made again
@@ -171,7 +173,7 @@ class Executor(Residency):
     @property
     def fetches(self) -> bool:
         """Whether `fetching` can be used: its reads are waited for without Python."""
-        return self._store.native
+        return self.store.native is not None
 
     # Rehearsals
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .pool import SlotPool
 
 DECAY = 0.96  # a row; .95 to .98 lie within half a point of hit rate of each other
 NEVER = 1e-9  # share of rows of an expert that was not chosen yet
+AGES = DECAY ** np.arange(512.0)  # what a row counts so many rows later
 
 
 class Lrfu(SlotPool):
@@ -46,6 +48,26 @@ class Lrfu(SlotPool):
         """A view: the decayed number of rows that chose each expert of the layer."""
         return self._heats[layer]
 
+    @property
+    def plain(self) -> bool:
+        """Nothing is expected or unused: the order is that of heat and turns alone."""
+        return not (self._unused or self._expected)
+
+    def arrays(self) -> dict[str, Any]:
+        """What `kernels.native.ExpertCache` evicts by: these very arrays, and constants."""
+        return {
+            "heat": self._heat,
+            "held": self._held,
+            "turns": self._turns,
+            "ages": AGES.tolist(),
+            "share": 1 - DECAY,
+            "never": NEVER,
+        }
+
+    def went(self, layer: int) -> None:
+        """The pass has come to the layer, whose choice was told in `arrays`."""
+        self._at = layer
+
     def chose(self, layer: int, ids: np.ndarray) -> None:
         heat, top_k = self._heats[layer], ids.shape[-1]
         rows = ids.size // top_k
@@ -54,8 +76,9 @@ class Lrfu(SlotPool):
             heat *= DECAY
             heat[ids.reshape(-1)] += 1
             return
-        weights = np.repeat(DECAY ** np.arange(rows - 1.0, -1.0, -1.0), top_k)
-        heat *= DECAY**rows
+        ages = AGES if rows < len(AGES) else DECAY ** np.arange(rows + 1.0)
+        weights = np.repeat(ages[rows - 1 :: -1] if rows else ages[:0], top_k)
+        heat *= ages[rows]
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
 
     def chose_in_turn(self, layer: int, ids: np.ndarray) -> None:
@@ -116,11 +139,11 @@ class Lrfu(SlotPool):
 
 
 def _least(values: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Indices in ascending order: `count` of them, and then the others."""
+    """Indices in ascending order, of equals the least first: `count` at least, then the others."""
     if count < len(values):
-        order = np.argpartition(values, count)
-        first, others = order[:count], order[count:]
+        first = np.flatnonzero(values <= np.partition(values, count)[count])
         yield first[np.argsort(values[first], kind="stable")]
+        others = np.flatnonzero(values > values[first].max())
         yield others[np.argsort(values[others], kind="stable")]
     else:
         yield np.argsort(values, kind="stable")

@@ -117,6 +117,11 @@ class NativeReads:
             ) from problem
 
     @property
+    def native(self) -> Any:
+        """The extension's own."""
+        return self._reads
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Bytes asked of the kernel, reads made."""
         return self._reads.bytes_read, self._reads.reads

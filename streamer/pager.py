@@ -21,15 +21,16 @@ class Pager:
     """switch: mlx-lm's, over the slots of the pool."""
 
     def __init__(self, run: Executor, layer: int, switch: nn.Module):
-        self._run, self._layer, self.switch = run, layer, switch
+        self._run, self.layer, self.switch = run, layer, switch
         self._calls = run.fetching
+        self.serving = run.serving
 
     def slots(self) -> np.ndarray | None:
         """Of the layer's experts, int32 [n], -1 where one is absent: the pool's own table.
 
         None where every choice is to be fetched, as reads ahead of need depend on it.
         """
-        return self._calls.slots(self._layer)
+        return self._calls.slots(self.layer)
 
     def found(self, pagers: Sequence[Pager], ids: np.ndarray) -> None:
         """These, in turn, had slots for all that was chosen, [n, rows, k], and used."""
@@ -38,12 +39,12 @@ class Pager:
             first, end = pagers[at], at + 1
             while end < len(pagers) and pagers[end]._follows(first, end - at):
                 end += 1
-            first._calls.found(first._layer, ids[at:end])
+            first._calls.found(first.layer, ids[at:end])
             at = end
 
     def _follows(self, first: Pager, count: int) -> bool:
         """Whether it is so many layers behind another of its pool."""
-        return self._run is first._run and self._layer == first._layer + count
+        return self._run is first._run and self.layer == first.layer + count
 
     def fetch(
         self, ids: mx.array, x: mx.array | None = None
@@ -54,7 +55,7 @@ class Pager:
 
         Raises StreamerError when a read fails.
         """
-        slots, waiting = self._calls.fetch(self._layer, np.array(ids), x)
+        slots, waiting = self._calls.fetch(self.layer, np.array(ids), x)
         return mx.array(slots), [(pairs, reading.native) for pairs, reading in waiting]
 
     def takes(self, pairs: int) -> bool:
@@ -67,7 +68,7 @@ class Pager:
 
     def guess(self, ids: mx.array) -> mx.array:
         """Slots, int32, of rehearsed experts [..., k], -1 where one is absent, which is read."""
-        return mx.array(self._calls.guess(self._layer, np.array(ids)))
+        return mx.array(self._calls.guess(self.layer, np.array(ids)))
 
     def goes_on(self) -> bool:
         """Whether to rehearse one more."""

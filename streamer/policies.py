@@ -23,7 +23,33 @@ Key = tuple[int, int]  # layer of the pool, expert
 Future = Sequence[tuple[int, np.ndarray]]  # of each call: layer, distinct experts
 
 
-class Lfu(SlotPool):
+class Lru(SlotPool):
+    """An order over (layer, expert)."""
+
+    def __init__(self, slots: int, experts: Sequence[int]):
+        super().__init__(slots, experts)
+        self._order: OrderedDict[Key, None] = OrderedDict()
+
+    def touch(self, layer: int, experts: Iterable[int]) -> None:
+        for expert in experts:
+            self._order.move_to_end((layer, int(expert)))
+
+    def victims(self, wanted: int | None = None) -> Iterator[Key]:
+        return iter(self._order)
+
+    def place(self, layer: int, expert: int, slot: int) -> None:
+        super().place(layer, expert, slot)
+        self._order[layer, int(expert)] = None
+
+    def unused(self, layer: int, expert: int) -> None:
+        self._order.move_to_end((layer, int(expert)), last=False)
+
+    def evict(self, layer: int, expert: int) -> None:
+        del self._order[layer, expert]
+        super().evict(layer, expert)
+
+
+class Lfu(Lru):
     """Counts of an expert outlive its stay."""
 
     def __init__(self, slots: int, experts: Sequence[int]):
@@ -43,7 +69,7 @@ class Lfu(SlotPool):
         yield from sorted(super().victims(), key=lambda key: self._uses[key[0]][key[1]])
 
 
-class S3Fifo(SlotPool):
+class S3Fifo(Lru):
     """small: a tenth of the slots, for newcomers; frequencies saturate at 3."""
 
     def __init__(self, slots: int, experts: Sequence[int]):
@@ -105,7 +131,7 @@ class S3Fifo(SlotPool):
                 self._main.append(key)
 
 
-class Belady(SlotPool):
+class Belady(Lru):
     """Follows `future`, call by call: `advance` before each of them."""
 
     def __init__(self, slots: int, experts: Sequence[int], future: Future):
@@ -133,7 +159,7 @@ class Belady(SlotPool):
 
 POLICIES: dict[str, Callable[[int, Sequence[int], Future], SlotPool]] = {
     "lrfu": lambda slots, experts, _: Lrfu(slots, experts),
-    "lru": lambda slots, experts, _: SlotPool(slots, experts),
+    "lru": lambda slots, experts, _: Lru(slots, experts),
     "lfu": lambda slots, experts, _: Lfu(slots, experts),
     "s3fifo": lambda slots, experts, _: S3Fifo(slots, experts),
     "belady": Belady,

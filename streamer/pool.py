@@ -1,39 +1,64 @@
 """Which expert lies in which slot: the bookkeeping of a bounded pool.
 
-Plain data, no arrays of weights and no disk: a free list, an LRU order over
-(layer, expert) and a slot table per layer. One pool serves all layers whose
-experts have the same format. The runtime evicts in another order: `streamer.lrfu`.
+Plain data, no arrays of weights and no disk: a stack of free slots and a slot table per layer.
+One pool serves all layers whose experts have the same format. What is evicted first is for
+subclasses to say: `streamer.lrfu` is the runtime's, `streamer.policies` has others.
 
-    pool = SlotPool(slots=8, experts=[32] * 8)
+    pool = Lru(slots=8, experts=[32] * 8)
     pool.place(0, 5, *pool.take(1))
     pool.slot_of[0][5]
+
+The tables, counts and free slots are arrays that are never replaced, so that the extension can
+keep them too (`streamer.serving`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 
-class SlotPool:
+class FreeSlots:
+    """A stack of slots that hold nothing: all[:count[0]], the next to be taken last."""
+
+    def __init__(self, slots: int):
+        self.all = np.arange(slots - 1, -1, -1, dtype=np.int32)
+        self.count = np.array([slots])
+
+    def __len__(self) -> int:
+        return int(self.count[0])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.all[: self.count[0]].tolist())
+
+    def push(self, slot: int) -> None:
+        self.all[self.count[0]] = slot
+        self.count[0] += 1
+
+    def pop(self) -> int:
+        self.count[0] -= 1
+        return int(self.all[self.count[0]])
+
+
+class SlotPool(ABC):
     """`slots` slots shared by layers with `experts[layer]` experts each."""
 
     def __init__(self, slots: int, experts: Sequence[int]):
         self.slots = slots
         self.total = sum(experts)
         self.slot_of = [np.full(n, -1, dtype=np.int32) for n in experts]
-        self.resident = [0] * len(experts)
-        self.free = list(range(slots - 1, -1, -1))
-        self._lru: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self.resident = np.zeros(len(experts), dtype=np.int64)  # experts, by layer
+        self.free = FreeSlots(slots)
 
     def covers(self, layer: int) -> bool:
         """Every expert of the layer is resident."""
-        return self.resident[layer] == len(self.slot_of[layer])
+        return bool(self.resident[layer] == len(self.slot_of[layer]))
 
     def chose(self, layer: int, ids: np.ndarray) -> None:
         """A router chose ids [..., k], rows in order; told before the pool changes for them."""
+        return
 
     def chose_in_turn(self, layer: int, ids: np.ndarray) -> None:
         """The routers of the layers from `layer` on chose ids [n, k], for one row."""
@@ -42,11 +67,11 @@ class SlotPool:
 
     def seed(self, layer: int, shares: np.ndarray) -> None:
         """Expert e of the layer is chosen by shares[e] of rows, by what was seen elsewhere."""
+        return
 
+    @abstractmethod
     def touch(self, layer: int, experts: Iterable[int]) -> None:
-        """Mark resident experts as the most recently used."""
-        for expert in experts:
-            self._lru.move_to_end((layer, int(expert)))
+        """Resident experts are used."""
 
     def expect(self, layer: int, experts: Iterable[int]) -> None:
         """This pass is to use these resident experts later: they are the last to be evicted."""
@@ -54,9 +79,10 @@ class SlotPool:
 
     def expect_nothing(self) -> None:
         """The pass is over."""
+        return
 
     def take(self, n: int, keep: tuple[int, frozenset[int]] | None = None) -> list[int]:
-        """Free `n` slots, evicting the least recently used; the caller owns them.
+        """Free `n` slots, evicting as `victims` says; the caller owns them.
 
         keep: (layer, experts) that must not be evicted. Raises ValueError when
         fewer than `n` slots can be had; nothing is evicted then.
@@ -75,30 +101,29 @@ class SlotPool:
                 self.evict(layer, expert)
         return [self.free.pop() for _ in range(n)]
 
+    @abstractmethod
     def victims(self, wanted: int | None = None) -> Iterator[tuple[int, int]]:
-        """Resident (layer, expert) in the order they are evicted: least recently used first.
+        """Resident (layer, expert) in the order they are evicted.
 
         wanted: how many are likely to be looked at; None for all.
         """
-        return iter(self._lru)
 
     def place(self, layer: int, expert: int, slot: int) -> None:
-        """`slot`, owned by the caller, now holds this expert, most recently used."""
+        """`slot`, owned by the caller, now holds this expert, used just now."""
         self.slot_of[layer][expert] = slot
         self.resident[layer] += 1
-        self._lru[layer, int(expert)] = None
 
+    @abstractmethod
     def unused(self, layer: int, expert: int) -> None:
         """Nothing asked for this resident expert yet: it is the first to be evicted."""
-        self._lru.move_to_end((layer, int(expert)), last=False)
 
     def evict(self, layer: int, expert: int) -> None:
         """Forget a resident expert; its slot is free."""
-        del self._lru[layer, expert]
-        self.free.append(int(self.slot_of[layer][expert]))
+        self.free.push(int(self.slot_of[layer][expert]))
         self.slot_of[layer][expert] = -1
         self.resident[layer] -= 1
 
     def release(self, slots: Iterable[int]) -> None:
         """Give back slots that were taken and hold nothing worth keeping."""
-        self.free.extend(slots)
+        for slot in slots:
+            self.free.push(slot)

@@ -51,15 +51,15 @@ class Residency:
         self.fresh: set[tuple[int, int]] = set()  # read ahead, resident, not yet asked for
         ends = np.cumsum([0, *(layer.count for layer in layers)])
         self._starts = ends[:-1]  # of layers, among all experts
-        self._uses = np.zeros(ends[-1], dtype=np.int64)
-        self.uses = np.split(self._uses, ends[1:-1])  # of each layer's experts, by pairs
+        self.all_uses = np.zeros(ends[-1], dtype=np.int64)
+        self.uses = np.split(self.all_uses, ends[1:-1])  # of each layer's experts, by pairs
         self.watch: Watch | None = None
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
         self.pace = Pace()
         self.foresight: Foresight | None = None  # where something guesses
         self.expert_bytes = stored_bytes(layers[0].format)
-        self._wave = max(1, -(-WAVE_BYTES // self.expert_bytes))
-        self._store = store
+        self.wave = max(1, -(-WAVE_BYTES // self.expert_bytes))  # experts waited for together
+        self.store = store
         self._tables: dict[int, mx.array] = {}  # of layers: expert -> slot, on the device
         self._unsettled: list[mx.array] = []  # outputs that may still read the pool
         self.unread: list[tuple[int, mx.array]] = []  # choices of covered layers
@@ -124,7 +124,7 @@ class Residency:
             return
         chosen = ids[:, 0]  # a row's experts differ from one another
         self.pool.chose_in_turn(layer, chosen)
-        self._uses[self._starts[layer : layer + len(ids), None] + chosen] += 1
+        self.all_uses[self._starts[layer : layer + len(ids), None] + chosen] += 1
         self.counters.hits += chosen.size
         for i, one in enumerate(chosen.tolist(), layer):
             self.pool.touch(i, sorted(one))
@@ -180,7 +180,7 @@ class Residency:
 
         Small experts come together, since a group costs about what reading WAVE_BYTES does.
         """
-        return [misses[i : i + self._wave] for i in range(0, len(misses), self._wave)]
+        return [misses[i : i + self.wave] for i in range(0, len(misses), self.wave)]
 
     def load(
         self, layer: int, experts: Sequence[int], slots: Sequence[int], guess: float | None = None
@@ -195,14 +195,14 @@ class Residency:
             pieces += more
             widen += wide
         self._readings = [r for r in self._readings if not r.done]
-        reading = Reading(self._store.read(pieces, guess, widen))
+        reading = Reading(self.store.read(pieces, guess, widen))
         self._readings.append(reading)
         return reading
 
     @property
     def bytes_read(self) -> int:
         """By all who share the store."""
-        return self._store.bytes_read
+        return self.store.bytes_read
 
     def bytes_of(self, parts: Parts) -> int:
         return sum(len(experts) for experts, _ in parts) * self.expert_bytes
@@ -210,10 +210,13 @@ class Residency:
     def came(self, parts: Parts, beside: bool) -> None:
         """What a call asked for is there; beside: guesses were under way when it did."""
         if parts and not any(reading.guessed for _, reading in parts):
-            nbytes = self.bytes_of(parts)
             seconds = max(reading.seconds for _, reading in parts)
-            self.pace.saw(nbytes, seconds)
-            (self.counters.beside if beside else self.counters.alone).add(nbytes, seconds)
+            self.demanded(self.bytes_of(parts), seconds, beside)
+
+    def demanded(self, nbytes: int, seconds: float, beside: bool) -> None:
+        """A call asked for reads that were there after so long."""
+        self.pace.saw(nbytes, seconds)
+        (self.counters.beside if beside else self.counters.alone).add(nbytes, seconds)
 
     def wait(self, wait: Callable[[], T]) -> T:
         """wait(), its time counted as waiting for reads."""
@@ -253,8 +256,8 @@ class Residency:
 
     def allow(self, nbytes: int) -> None:
         """So many bytes of guesses may be under way."""
-        if self._store.guess_bytes != nbytes:
-            self._store.guess_bytes = nbytes
+        if self.store.guess_bytes != nbytes:
+            self.store.guess_bytes = nbytes
 
     def passed(self, layer: int) -> None:
         """The layer has run: what is still read ahead for it is not needed."""

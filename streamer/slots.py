@@ -30,13 +30,13 @@ class SlotArrays:
     def __init__(self, fmt: ExpertFormat, slots: int):
         self.format = fmt
         self.arrays: list[mx.array] = []
-        self._bytes: list[np.ndarray] = []  # uint8 [slots, held_bytes], same memory
+        self.rows: list[np.ndarray] = []  # uint8 [slots, held_bytes], same memory
         for tensor in fmt:
             raw = mx.zeros((slots, tensor.held_bytes), dtype=mx.uint8)
             array = raw.view(tensor.held).reshape(slots, *tensor.shape)
             mx.eval(raw, array)
             self.arrays.append(array)
-            self._bytes.append(np.array(raw, copy=False))
+            self.rows.append(np.array(raw, copy=False))
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +47,7 @@ class SlotArrays:
     ) -> tuple[list[Piece], list[Widening]]:
         """Reads that fill `slot` with `expert`, and what to widen when they are done."""
         pieces, widen = [], []
-        for tensor, starts, view in zip(layer.format, layer.starts, self._bytes, strict=True):
+        for tensor, starts, view in zip(layer.format, layer.starts, self.rows, strict=True):
             dest = view[slot].data
             if tensor.stored != tensor.held:
                 out, dest = dest, np.empty(tensor.stored_bytes, dtype=np.uint8).data

@@ -189,9 +189,9 @@ class Store:
         return self._engine.counts[0] if native else self._counters.bytes_read  # type: ignore[union-attr]
 
     @property
-    def native(self) -> bool:
-        """Whether the extension reads, so that an operation can wait for a ticket."""
-        return isinstance(self._engine, NativeReads)
+    def native(self) -> NativeReads | None:
+        """What reads where the extension does, so that an operation can wait for it."""
+        return self._engine if isinstance(self._engine, NativeReads) else None
 
     @property
     def logging(self) -> bool:

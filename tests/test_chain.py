@@ -1,7 +1,9 @@
-"""A pass that goes on until a layer misses gives and does what one asked at each layer does."""
+"""A pass that is served, or goes on until a layer misses, gives and does what one asked at each
+layer does."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +31,19 @@ ROWS = [1, 3, 2, 1, 4, 1, 1, 2]  # of passes, of which the first half is kept
 
 
 class Notes:
-    """What a model was told, if it is watched, and the (layer, expert) it evicted, in order."""
+    """What a model was told, if it is watched, and where its experts lay after each pass."""
 
     def __init__(self, model: Any, watched: bool):
         self.choices: list[tuple[int, list[int], list[int]]] = []
-        self.evicted: list[tuple[int, int]] = []
+        self.pools: list[list[int]] = []
+        self._runs = model.streamer.executors
         model.streamer.watch = self if watched else None
-        for run in model.streamer.executors:
-            run.pool.evict = self._noted(run.pool.evict)
 
-    def _noted(self, evict: Any) -> Any:
-        def evicted(layer: int, expert: int) -> None:
-            self.evicted.append((layer, expert))
-            evict(layer, expert)
-
-        return evicted
+    def passed(self) -> None:
+        for run in self._runs:
+            pool = run.pool
+            self.pools += [table.tolist() for table in pool.slot_of]
+            self.pools += [pool.resident.tolist(), list(pool.free), pool._held.tolist()]
 
     def step(self, kind: str, rows: int, seconds: float) -> None:
         pass
@@ -52,13 +52,17 @@ class Notes:
         self.choices.append((layer, ids.reshape(-1).tolist(), list(missed)))
 
 
-def ask_at_each(model: Any) -> None:
-    """The reference: no pass goes on by itself."""
+def ask(model: Any, at_each: bool) -> None:
+    """No pass is served; at_each: the reference, where none goes on by itself either."""
     for run in model.streamer.executors:
-        run.fetching.slots = lambda layer: None
+        run.serving.begin = lambda: None
+        if at_each:
+            run.fetching.slots = lambda layer: None
 
 
-def passes(model: Any, cache: Any, rows: list[int], taped: bool) -> list[mx.array]:
+def passes(
+    model: Any, cache: Any, rows: list[int], taped: bool, notes: Notes | None = None
+) -> list[mx.array]:
     """Logits of the rows kept; with a tape half of them are taken back."""
     out, at = [model(mx.array([PROMPT]), cache=cache)], 0
     tokens = np.random.default_rng(5).integers(0, 12, sum(rows))  # some come again
@@ -73,6 +77,8 @@ def passes(model: Any, cache: Any, rows: list[int], taped: bool) -> list[mx.arra
         else:
             out.append(model(block, cache=cache))
             mx.eval(out)
+        if notes is not None:
+            notes.passed()
         at += n
     return out
 
@@ -82,23 +88,27 @@ def same(ours: list[mx.array], theirs: list[mx.array]) -> bool:
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("served", [False, True])
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("taped", [False, True])
 @pytest.mark.parametrize("slots", [12, 24, 40, 60])
 def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
-    tiny_qwen: Path, slots: int, taped: bool, watched: bool
+    tiny_qwen: Path, slots: int, taped: bool, watched: bool, served: bool
 ) -> None:
     ours, own = load_streamed(tiny_qwen, slots=slots), load_streamed(tiny_qwen, slots=slots)
-    ask_at_each(own)
+    ask(own, at_each=True)
+    if not served:
+        ask(ours, at_each=False)
     notes, own_notes = Notes(ours, watched), Notes(own, watched)
     rows = ROWS * 3 if taped else [1] * 24
-    got = passes(ours, make_prompt_cache(ours), rows, taped)
-    assert same(got, passes(own, make_prompt_cache(own), rows, taped))
-    assert notes.choices == own_notes.choices and notes.evicted == own_notes.evicted
+    got = passes(ours, make_prompt_cache(ours), rows, taped, notes)
+    assert same(got, passes(own, make_prompt_cache(own), rows, taped, own_notes))
+    assert notes.choices == own_notes.choices and notes.pools == own_notes.pools
     mine, theirs = ours.streamer.counters, own.streamer.counters
     for name in ("hits", "misses", "bytes_wanted", "waits"):
         assert getattr(mine, name) == getattr(theirs, name)
-    assert mine.misses and (mine.syncs < theirs.syncs or slots < 40)  # where all layers miss
+    assert mine.alone.nbytes == theirs.alone.nbytes and mine.alone.calls == theirs.alone.calls
+    assert mine.misses and (mine.syncs < theirs.syncs or (slots < 40 and not served))
     for run, other in zip(ours.streamer.executors, own.streamer.executors, strict=True):
         assert np.array_equal(run.pool._heat, other.pool._heat)  # type: ignore[attr-defined]
         assert same([mx.array(u) for u in run.uses], [mx.array(u) for u in other.uses])
@@ -107,8 +117,36 @@ def test_bits_reads_and_evictions_are_those_of_asking_at_each_layer(
     own.streamer.close()
 
 
+def test_what_serves_and_what_is_asked_take_turns(tiny_qwen: Path) -> None:
+    ours, own = load_streamed(tiny_qwen, slots=24), load_streamed(tiny_qwen, slots=24)
+    ask(own, at_each=True)
+    caches = make_prompt_cache(ours), make_prompt_cache(own)
+    begin = ours.streamer.executors[0].serving.begin
+    for i in range(24):
+        for run in ours.streamer.executors:
+            run.serving.begin = begin if i % 3 else lambda: None  # type: ignore[method-assign]
+        token = mx.array([[i * 7 % 40]])
+        got, want = (m(token, cache=c) for m, c in zip((ours, own), caches, strict=True))
+        assert mx.array_equal(got, want)
+    assert ours.streamer.counters.misses == own.streamer.counters.misses
+    ours.streamer.close()
+    own.streamer.close()
+
+
+def test_a_served_pass_never_stops(tiny_qwen: Path) -> None:
+    model = load_streamed(tiny_qwen, slots=24)
+    cache, counters = make_prompt_cache(model), model.streamer.counters
+    model(mx.array([PROMPT]), cache=cache)
+    before = counters.syncs
+    for token in range(5, 25):
+        mx.eval(model(mx.array([[token]]), cache=cache))
+    assert counters.syncs == before and counters.waits
+    model.streamer.close()
+
+
 def test_a_pass_stops_only_where_a_layer_misses(tiny_qwen: Path) -> None:
     model = load_streamed(tiny_qwen, slots=24)
+    ask(model, at_each=False)
     cache, counters = make_prompt_cache(model), model.streamer.counters
     model(mx.array([PROMPT]), cache=cache)
     for token in range(5, 25):
@@ -121,7 +159,7 @@ def test_a_pass_stops_only_where_a_layer_misses(tiny_qwen: Path) -> None:
 
 def test_layers_between_chains_have_the_same_bits(tiny_qwen: Path) -> None:
     ours, own = load_streamed(tiny_qwen, slots=24), load_streamed(tiny_qwen, slots=24)
-    ask_at_each(own)
+    ask(own, at_each=True)
     got = [passes(m, make_cache(m, 4, 4), ROWS, False) for m in (ours, own)]
     assert same(*got)
     assert ours.streamer.counters.misses == own.streamer.counters.misses
@@ -130,23 +168,29 @@ def test_layers_between_chains_have_the_same_bits(tiny_qwen: Path) -> None:
 
 
 @pytest.mark.parametrize("slots", [12, 24, 50])
-@pytest.mark.parametrize("executor", ["layerwise", "lookahead", "auto"])
+@pytest.mark.parametrize(
+    ("executor", "served"),
+    [("layerwise", False), ("layerwise", True), ("lookahead", False), ("auto", False)],
+)
 def test_no_slot_is_used_that_is_being_refilled(
-    tiny_qwen: Path, slots: int, executor: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_qwen: Path, slots: int, executor: Any, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Residency.load
 
     def spoil(self: Residency, layer: int, experts: Any, slots: Any, guess: Any = None) -> Any:
         for slot in slots:  # no number, until the read has come
-            for view in self.arrays._bytes:
+            for view in self.arrays.rows:
                 view[slot] = 0xFF
         return load(self, layer, experts, slots, guess)
 
     whole = load_streamed(tiny_qwen)
     want = passes(whole, make_prompt_cache(whole), ROWS * 2, False)
-    monkeypatch.setattr(Residency, "load", spoil)
+    if not served:
+        monkeypatch.setattr(Residency, "load", spoil)
     disk = Disk.parse("40MB/s@1ms")
     model = load_streamed(tiny_qwen, slots=slots, executor=executor, disk=disk)
+    if not served:  # else what lies in a slot before its read are the bytes of another expert
+        ask(model, at_each=False)
     assert same(passes(model, make_prompt_cache(model), ROWS * 2, False), want)
     assert model.streamer.counters.misses
     model.streamer.close()
@@ -182,6 +226,7 @@ def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
     ours, own = load_streamed(tiny_qwen, slots=24), load_streamed(tiny_qwen, slots=24)
     cache, other = make_prompt_cache(ours), make_prompt_cache(own)
     for model, held in ((ours, cache), (own, other)):
+        ask(model, at_each=False)
         model(mx.array([PROMPT]), cache=held)
         mx.eval([c.state for c in held])
     native: Any = backend.native()
@@ -199,7 +244,7 @@ def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
         slots, waiting = fetch(self, *args)
         if waiting:
             failed.append(len(ran))
-            self._run._store._engine.stop()  # type: ignore[attr-defined]
+            self._run.store._engine.stop()  # type: ignore[attr-defined]
         return slots, waiting
 
     failed: list[int] = []
@@ -216,6 +261,52 @@ def test_a_failed_read_ends_the_pass_where_it_was_asked_for(
         c.offset for c in other if hasattr(c, "offset")
     ]
     own.streamer.close()
+
+
+def test_a_served_pass_ends_where_a_read_fails(tiny_qwen: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(tiny_qwen, path)
+    model, whole = load_streamed(path, slots=24), load_streamed(tiny_qwen)
+    cache, other = make_prompt_cache(model), make_prompt_cache(whole)
+    for one, held in ((model, cache), (whole, other)):
+        one(mx.array([PROMPT]), cache=held)
+        mx.eval([c.state for c in held])
+    file = next(path.glob("*.safetensors"))
+    stored = file.read_bytes()
+    file.write_bytes(stored[: len(stored) // 8])
+    with pytest.raises(StreamerError, match="too short"):
+        mx.eval(model(mx.array([[7]]), cache=cache))
+    (run,) = model.streamer.executors
+    assert not run.pool.resident.any() and len(run.pool.free) == run.pool.slots
+    file.write_bytes(stored)
+    for token in range(7, 20):  # the caches are those of before the pass
+        got, want = (m(mx.array([[token]]), cache=c) for m, c in ((model, cache), (whole, other)))
+        assert mx.array_equal(got, want)
+    model.streamer.close()
+    whole.streamer.close()
+
+
+def test_a_layer_that_is_not_there_ends_a_served_pass(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_streamed(tiny_qwen, slots=24)
+    cache = make_prompt_cache(model)
+    model(mx.array([PROMPT]), cache=cache)
+    (run,) = model.streamer.executors
+    native: Any = backend.native()
+    go_on = native.go_on
+
+    def elsewhere(*args: Any) -> Any:
+        *rest, caches = args
+        return go_on(*rest, [(one, 10**6) for one, _ in caches])
+
+    monkeypatch.setattr(native, "go_on", elsewhere)
+    with pytest.raises(ValueError, match="no such layer"):
+        mx.eval(model(mx.array([[7]]), cache=cache))
+    assert not run.pool.resident.any()
+    monkeypatch.undo()
+    mx.eval(model(mx.array([[7]]), cache=cache))
+    model.streamer.close()
 
 
 def test_what_does_not_fit_a_chain_is_refused(tiny_qwen: Path) -> None:
@@ -237,8 +328,9 @@ def test_what_does_not_fit_a_chain_is_refused(tiny_qwen: Path) -> None:
 
 
 def test_at_three_quarters_a_pass_stops_less_than_three_times() -> None:
-    """DESIGN section 4's bar, of 8 layers, by the embedded demo."""
+    """DESIGN section 4's bar, of 8 layers, by the embedded demo, where passes are not served."""
     model: Any = load_streamed(DEMO, slots=expert_count(DEMO) * 3 // 4, dtype="auto")
+    ask(model, at_each=False)
     prompt = load_tokenizer(DEMO).encode("import os\nimport sys\n\n\ndef main(argv=None):\n    ")
     counters = model.streamer.counters
     for _ in range(2):  # the first fills the pool

@@ -100,7 +100,7 @@ def test_with_all_experts_resident_the_switches_are_mlx_lms_own(tiny: Path) -> N
     switches = [m for m in model.modules() if is_switch(m)]
     assert len(switches) == len(model.streamer.opened.layers)
     (arrays,) = (e.arrays for e in model.streamer.executors)
-    arrays._bytes[0][:] = 0  # the first tensor of every expert, in the pool
+    arrays.rows[0][:] = 0  # the first tensor of every expert, in the pool
     for switch in switches:
         first = dict(tree_flatten(switch.parameters()))
         name = f"{arrays.format[0].projection}.{arrays.format[0].kind}"

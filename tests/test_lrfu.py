@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamer.lrfu import DECAY, Lrfu
-from streamer.pool import SlotPool
+from streamer.policies import Lru
 
 pytestmark = pytest.mark.smoke
 
@@ -96,7 +96,7 @@ def test_the_layers_just_run_go_before_those_ahead() -> None:
 def test_a_cycle_larger_than_the_pool() -> None:
     """Least recently used hits nothing in it."""
     hits = {}
-    for kind in (SlotPool, Lrfu):
+    for kind in (Lru, Lrfu):
         pool, count = kind(24, [8] * 4), 0
         for _ in range(20):
             for layer in range(4):
@@ -110,4 +110,4 @@ def test_a_cycle_larger_than_the_pool() -> None:
                 for expert, slot in zip(absent, slots, strict=True):
                     pool.place(layer, expert, slot)
         hits[kind] = count / (20 * 32)
-    assert hits[SlotPool] == 0 and hits[Lrfu] > 0.5
+    assert hits[Lru] == 0 and hits[Lrfu] > 0.5

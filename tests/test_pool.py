@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.pool import SlotPool
+from streamer.policies import Lru
 
 pytestmark = pytest.mark.smoke
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.smoke
     asks=st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 5), min_size=1, max_size=2))),
 )
 def test_lru_against_a_list(slots: int, asks: list[tuple[int, set[int]]]) -> None:
-    pool = SlotPool(slots, [6, 6, 6])
+    pool = Lru(slots, [6, 6, 6])
     recent: list[tuple[int, int]] = []  # naive: oldest first
     for layer, experts in asks:
         need = sorted(experts)
@@ -31,12 +31,12 @@ def test_lru_against_a_list(slots: int, asks: list[tuple[int, set[int]]]) -> Non
         held = {(x, e) for x in range(3) for e in range(6) if pool.slot_of[x][e] >= 0}
         assert held == set(recent)
         used = [int(pool.slot_of[x][e]) for x, e in held]
-        assert sorted(used + pool.free) == list(range(slots))
-        assert pool.resident == [sum(x == y for y, _ in held) for x in range(3)]
+        assert sorted([*used, *pool.free]) == list(range(slots))
+        assert pool.resident.tolist() == [sum(x == y for y, _ in held) for x in range(3)]
 
 
 def test_what_is_kept_is_not_evicted() -> None:
-    pool = SlotPool(2, [4])
+    pool = Lru(2, [4])
     for expert, slot in enumerate(pool.take(2)):
         pool.place(0, expert, slot)
     pool.take(1, keep=(0, frozenset({0})))
@@ -46,7 +46,7 @@ def test_what_is_kept_is_not_evicted() -> None:
 
 
 def test_a_full_layer_is_covered() -> None:
-    pool = SlotPool(3, [2, 2])
+    pool = Lru(3, [2, 2])
     for expert, slot in enumerate(pool.take(2)):
         pool.place(1, expert, slot)
     assert pool.covers(1) and not pool.covers(0)

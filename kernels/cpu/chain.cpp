@@ -1,5 +1,6 @@
 #include "chain.h"
 
+#include <chrono>
 #include <optional>
 
 #include "data.h"
@@ -8,10 +9,14 @@
 namespace streamer {
 namespace {
 
+mx::array like(const mx::array& ids) {
+  return mx::array(mx::allocator::malloc(ids.nbytes()), ids.shape(), mx::int32);
+}
+
 // Slots of ids [..., k], none where an expert is absent.
 std::optional<mx::array> slots_of(const mx::array& ids, const Turn& turn) {
   if (turn.slots == nullptr) return std::nullopt;
-  mx::array slots(mx::allocator::malloc(ids.nbytes()), ids.shape(), mx::int32);
+  mx::array slots = like(ids);
   const auto* from = ids.data<int32_t>();
   auto* to = slots.data<int32_t>();
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -22,23 +27,51 @@ std::optional<mx::array> slots_of(const mx::array& ids, const Turn& turn) {
   return slots;
 }
 
+// The same from a cache, which begins to read what is absent.
+mx::array brought(
+    const mx::array& ids, const Turn& turn, std::vector<Arrival>& arrivals, double& waited) {
+  mx::array slots = like(ids);
+  std::vector<Coming> coming;
+  const int k = ids.shape(-1), rows = static_cast<int>(ids.size()) / k;
+  check(
+      turn.cache->bring(turn.layer, ids.data<int32_t>(), rows, k, slots.data<int32_t>(), coming),
+      "chain: a router chose no experts, or more than the pool holds");
+  for (Coming& one : coming) {
+    arrivals.push_back(
+        {std::move(one.pairs), [reads = turn.cache->reads(), batch = one.batch, &waited] {
+           const auto began = std::chrono::steady_clock::now();
+           while (!reads->wait(*batch, 1)) {
+           }
+           const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+           waited += took.count();
+         }});
+  }
+  return slots;
+}
+
 } // namespace
 
 std::vector<Arrays> go_on(
     std::vector<Turn> turns,
     Arrays inputs,
-    const std::vector<Arrival>& arrivals,
-    const std::function<bool()>& came) {
+    std::vector<Arrival> arrivals,
+    const std::function<bool()>& came,
+    double& waited) {
   check(!turns.empty(), "chain: there must be a segment");
   std::vector<Arrays> gave;
+  ExpertCache* asked = nullptr;
   for (Turn& turn : turns) {
     turn.call.inputs = std::move(inputs);
-    gave.push_back(turn.op->now(turn.call, gave.empty() ? arrivals : std::vector<Arrival>()));
+    gave.push_back(turn.op->now(turn.call, arrivals));
+    if (asked && !asked->landed()) break;
     if (gave.size() == turns.size() || (gave.size() == 1 && !came())) break;
     const Arrays& out = gave.back();
     check(turn.op->routes(), "chain: only the last segment has no router");
-    const auto slots = slots_of(out[2], turn);
-    if (!slots || out[2].size() != gave[0][2].size()) break;
+    arrivals.clear();
+    asked = turn.cache;
+    const auto slots = asked ? std::optional(brought(out[2], turn, arrivals, waited))
+                             : slots_of(out[2], turn);
+    if (!slots || (!asked && out[2].size() != gave[0][2].size())) break;
     inputs = {out[0], out[1], *slots, out[3], out[4]};
   }
   return gave;

@@ -1,30 +1,36 @@
-// Segments in a row, run on for as long as the experts that their routers choose are at hand.
+// Segments in a row, run on for as long as the experts that their routers choose are at hand or a
+// cache brings them.
 #pragma once
 
 #include <functional>
 #include <vector>
 
+#include "expert_cache.h"
 #include "segment.h"
 
 namespace streamer {
 
-// A segment's turn: its call without inputs, and the slots of the experts that its router chooses
-// from, -1 where one is absent. Without slots it is the last to run.
+// A segment's turn: its call without inputs, and where the experts lie that its router chooses from:
+// a layer of a cache, or slots, -1 where one is absent. Without either it is the last to run.
 struct Turn {
   const SegmentOp* op;
   SegmentOp::Call call;
-  const int32_t* slots;
-  int experts;
+  const int32_t* slots = nullptr;
+  int experts = 0;
+  ExpertCache* cache = nullptr;
+  int layer = 0;
 };
 
 // What each turn gave, at once on this thread and its helpers: all turns, or those up to the first
-// whose router chose an absent expert or other than k experts of the first one's k, or, where arrivals
-// did not come, the first alone. inputs, arrivals: the first one's; came: whether they did. Nobody may
-// change slots meanwhile.
+// whose router chose an absent expert that no cache brings or other than k experts of the first one's
+// k, or those up to the one for which reads did not come. inputs, arrivals: the first one's; came:
+// whether they did; waited: seconds of waiting for a cache's reads are added. Nobody may change slots
+// meanwhile.
 std::vector<std::vector<mx::array>> go_on(
     std::vector<Turn> turns,
     std::vector<mx::array> inputs,
-    const std::vector<Arrival>& arrivals,
-    const std::function<bool()>& came);
+    std::vector<Arrival> arrivals,
+    const std::function<bool()>& came,
+    double& waited);
 
 } // namespace streamer

@@ -36,11 +36,13 @@ void bind_choices(nb::module_& m);  // choices_python.cpp
 void bind_reads(nb::module_& m);  // reads_python.cpp
 void bind_layers(nb::module_& m);  // layers_python.cpp
 void bind_chain(nb::module_& m);  // chain_python.cpp
+void bind_expert_cache(nb::module_& m);  // expert_cache_python.cpp
 
 NB_MODULE(native, m) {
   bind_choices(m);
   bind_reads(m);
   bind_layers(m);
+  bind_expert_cache(m);
   bind_chain(m);
   m.def("isas", &streamer::isas, "Instruction sets that run here, fastest first.");
   m.def("isa", &streamer::isa, "The instruction set in use.");

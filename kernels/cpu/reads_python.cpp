@@ -11,6 +11,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+using streamer::Engine;
 using streamer::Ticket;
 
 namespace {
@@ -58,10 +59,6 @@ void bind_reads(nb::module_& m) {
       .def("error", &Ticket::error)
       .def("promote", [](Ticket& t) { t.reads->promote(t.batch); })
       .def("cancel", [](Ticket& t) { t.reads->cancel(t.batch); });
-  // held by shared_ptr: a ticket keeps its engine
-  struct Engine {
-    std::shared_ptr<streamer::Reads> reads;
-  };
   nb::class_<Engine>(m, "Reads")
       .def(
           "__init__",

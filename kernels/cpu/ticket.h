@@ -1,4 +1,4 @@
-// The reads of one call, as Python holds them.
+// Reads as Python holds them: an engine, and those of one call.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -11,6 +11,11 @@
 namespace streamer {
 
 namespace nb = nanobind;
+
+// Shared, since a ticket keeps its engine.
+struct Engine {
+  std::shared_ptr<Reads> reads;
+};
 
 // A batch and the buffers that it fills, which must not go while reads are under way.
 struct Ticket {
