@@ -26,6 +26,7 @@ VNNI = [*AVX512, "-mavx512vnni"]
 X86 = {
     "avx2": AVX2,
     "madd": AVX2,
+    "levels": AVX2,
     "maddubs": AVX2,
     "avx512": AVX512,
     "vnni": VNNI,

@@ -29,7 +29,7 @@ from mlx_lm.models import cache as mlx_cache
 from .attention import install
 from .compressed import CompressedKVCache
 
-VERSION = 2
+VERSION = 3
 NAME = "moe-streamer prompt cache"
 PIECE = 1 << 20  # bytes of an array that are made contiguous at a time
 LONGEST = 100_000_000  # bytes of a header, safetensors' own limit

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cache import reference
-from cache.codebook import BITS, lloyd_max, pairs
+from cache.codebook import BITS, LEVEL, Codebook, levels, lloyd_max, pairs
 from cache.codec import Codec, Codes
 from cache.rotation import Rotation
 
@@ -61,6 +61,23 @@ def test_pairs_beat_the_paper_s_levels_and_not_the_bound() -> None:
         mass = np.bincount(nearest, weight, len(points))
         mean = np.bincount(nearest, weight * x, len(points)) / mass
         assert np.abs(mean - points[:, 0]).max() < 0.06
+
+
+def test_levels_of_8_bits_are_close_to_the_best_and_fit_two_bytes() -> None:
+    axis = np.linspace(-8, 8, 400001)
+    weight = np.exp(-(axis**2) / 2)
+
+    def error(book: Codebook) -> float:
+        found = book.points[np.searchsorted(book.nearest, axis), 0]
+        return float((weight * (axis - found) ** 2).sum())
+
+    book = levels()
+    assert error(lloyd_max(8)) < error(book) < 1.006 * error(lloyd_max(8))
+    multiples = book.points[:, 0] / np.float32(LEVEL)
+    assert np.abs(multiples - np.round(multiples)).max() < 1e-3
+    assert round(float(multiples.max())) == 127 * 32 + 15
+    assert np.array_equal(multiples, -multiples[::-1])
+    assert (np.diff(multiples) > 1).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -89,6 +89,44 @@ def test_rounding_is_far_below_the_codes_own_error(bits: float, isa: str) -> Non
     assert size(found - wanted) < size(wanted - exact) / 1000
 
 
+@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4, 8])
+def test_every_width_is_multiplied_as_integers(bits: float, isa: str) -> None:
+    """A channel of a query that rounds to nothing beside the largest changes no bit."""
+    if not in_integers():
+        pytest.skip("in floats here")
+    cache = held(700, (bits, bits))
+    sides = [attention.as_kernel_side(side, 0) for side in (cache.keys, cache.values)]
+    # of the raw tokens' scores nothing is left
+    sides = [side._replace(first=0 * side.first, recent=0 * side.recent) for side in sides]
+    q = mx.zeros((1, H, 1, 64))
+
+    def found(second: float) -> mx.array:
+        rotated = mx.concatenate([mx.ones((1, H, 1, 1)), mx.full((1, H, 1, 1), second)], -1)
+        rotated = mx.pad(rotated, [(0, 0)] * 3 + [(0, 62)])
+        return codes.attend(q, rotated, *sides, rows=1, coded=cache.keys.coded)[0]
+
+    assert mx.array_equal(found(0.0), found(2**-17))
+    assert not mx.array_equal(found(0.0), found(2**-14))
+
+
+def test_levels_that_are_no_pieces_are_unpacked_to_floats() -> None:
+    cache, q = held(700, (8, 8)), normal(3, 1, H * G, 3, 64)
+    moved = cache.keys.codec.points + mx.where(mx.arange(256)[:, None] == 200, 0.004, 0.0)
+    sides = [
+        attention.as_kernel_side(s, 0)._replace(points=moved) for s in (cache.keys, cache.values)
+    ]
+    folded = q.reshape(1, H, 3 * G, 64) / 8
+    y, _ = codes.attend(folded, folded, *sides, rows=3, coded=cache.keys.coded)
+    same, _ = codes.attend(
+        folded,
+        folded,
+        *(s._replace(points=cache.keys.codec.points) for s in sides),
+        rows=3,
+        coded=cache.keys.coded,
+    )
+    assert 0 < mx.abs(y - same).max() < 0.01 * mx.abs(same).max()
+
+
 @pytest.mark.parametrize("D", [36, 72, 80, 256, 512])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_widths_of_heads(D: int, rows: int, isa: str) -> None:

@@ -8,15 +8,28 @@ namespace streamer {
 // Tokens of a span are padded to a multiple of these: the last one again, which weighs nothing.
 constexpr int padded = 128;
 
+// Levels of single channels are 32 h + l multiples of a grid, h and l signed bytes.
+constexpr int radix = 32, top_level = 127 * radix + 15;
+
+// The upper 128 of 256 levels, sixteen pieces of eight: level i of one is start + slope * i + bent *
+// bend[i]. The lower ones are their negatives, the last first.
+constexpr uint8_t bend[8] = {0, 0, 1, 2, 4, 8, 14, 26};
+struct Pieces {
+  bool exist; // whether the levels of a codebook are such pieces
+  uint8_t low[16], high[16]; // bytes of start
+  int8_t slope[16], bent[16];
+};
+
 // Indices of `width` bits, each standing for `channels` channels.
 struct Codebook {
   const float* points; // [2^width, channels]
   int width, channels;
   // Two bytes for an index, each 128 too large, repeated up to 64: of pairs the first and the second
-  // channel as multiples of `grid`, of single channels the digits h and l of 256 h + l multiples.
-  // grid is 0 where points are no multiples.
+  // channel as multiples of `grid`, of single channels the digits h and l. grid is 0 where points are
+  // no multiples.
   float grid;
   uint8_t bytes[2][256];
+  Pieces pieces;
 };
 
 // Rows of queries as integers: see ByteSteps.
@@ -26,11 +39,12 @@ struct Integers {
   const int32_t* lifts;
 };
 
-// Products of bytes, of which n stand for a token. A row's floats become x = unit * integer with one
+// Products of integers, of which n stand for a token, `each` for an index: two bytes, or one level. A row's floats become x = unit * integer with one
 // unit for all: a rounding by at most 2^-16 of the largest of them. From there on sums are exact but
 // for the conversion of each to float. Sums of values are in an order of channels of their own.
 // words: where each of a span's tokens' codes lie. room: 64-byte aligned.
 struct ByteSteps {
+  int each;
   int (*wide)(int n); // channels a row of n takes, with padding
   int64_t (*room)(int rows, int n); // bytes
   // q [rows, n] as digits [rows, 2 * wide(n)], as many as there are whole eights of rows, with the
@@ -63,5 +77,6 @@ const CodeSteps& codes_neon();
 const ByteSteps* codes_tiles(); // null where the compiler has no tiles
 const ByteSteps& codes_vbmi();
 const ByteSteps& codes_madd();
+const ByteSteps& codes_levels(); // of single channels in pieces
 
 } // namespace streamer

@@ -17,27 +17,53 @@ const CodeSteps& code_steps() {
   return codes_portable();
 }
 
-const ByteSteps* byte_steps() {
+const ByteSteps* byte_steps(const Codebook& book) {
 #if defined(__x86_64__)
   static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
   // Tiles, where they are, even if VNNI is the first choice for weights.
   const bool tiles = level() == Level::amx || (level() == Level::vnni && !forced() && tiles_granted());
   if (vbmi && tiles && codes_tiles() != nullptr) return codes_tiles();
   if (vbmi && level() >= Level::vnni) return &codes_vbmi();
-  if (level() == Level::avx2) return &codes_madd();
+  if (level() == Level::avx2) {
+    if (book.channels == 2) return &codes_madd();
+    if (book.pieces.exist) return &codes_levels();
+  }
 #endif
   return nullptr;
 }
 
-constexpr float two_digits = 32639.0f; // 256 * 127 + 127
+namespace {
+
+// levels [256], as multiples of their grid.
+Pieces pieces_of(const int* levels) {
+  Pieces pieces{};
+  for (int piece = 0; piece < 16; ++piece) {
+    const int* upper = levels + 128 + 8 * piece;
+    const int slope = upper[1] - upper[0], bent = upper[2] - upper[0] - 2 * slope;
+    pieces.low[piece] = static_cast<uint8_t>(upper[0] & 255);
+    pieces.high[piece] = static_cast<uint8_t>(upper[0] >> 8);
+    pieces.slope[piece] = static_cast<int8_t>(slope);
+    pieces.bent[piece] = static_cast<int8_t>(bent);
+    if (upper[0] < 0 || slope != pieces.slope[piece] || bent != pieces.bent[piece]) return {};
+    for (int i = 0; i < 8; ++i) {
+      const int level = upper[0] + slope * i + bent * bend[i];
+      if (upper[i] != level || levels[127 - 8 * piece - i] != -level) return {};
+    }
+  }
+  pieces.exist = true;
+  return pieces;
+}
+
+} // namespace
 
 Codebook book_of(const mx::array& points) {
   const int count = points.shape(0), channels = points.shape(1);
-  Codebook book{points.data<float>(), 0, channels, 0.0f, {}};
+  Codebook book{points.data<float>(), 0, channels, 0.0f, {}, {}};
   while ((1 << book.width) < count) ++book.width;
   float top = 0.0f;
   for (int i = 0; i < channels * count; ++i) top = std::max(top, std::abs(book.points[i]));
-  const float grid = top / (channels == 2 ? 127 : two_digits);
+  const float grid = top / (channels == 2 ? 127.0f : static_cast<float>(top_level));
+  int levels[256];
   for (int i = 0; i < std::max(count, 64); ++i) {
     int multiples[2];
     for (int e = 0; e < channels; ++e) {
@@ -46,12 +72,13 @@ Codebook book_of(const mx::array& points) {
       multiples[e] = static_cast<int>(multiple);
     }
     if (channels == 1) {
-      const int whole = multiples[0];
-      multiples[0] = (whole + 128) >> 8;
-      multiples[1] = whole - 256 * multiples[0];
+      const int whole = levels[i] = multiples[0];
+      multiples[0] = (whole + radix / 2) >> 5;
+      multiples[1] = whole - radix * multiples[0];
     }
     for (int e = 0; e < 2; ++e) book.bytes[e][i] = static_cast<uint8_t>(128 + multiples[e]);
   }
+  if (channels == 1) book.pieces = pieces_of(levels);
   book.grid = grid;
   return book;
 }

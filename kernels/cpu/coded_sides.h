@@ -14,9 +14,10 @@ namespace mx = mlx::core;
 constexpr float lowest = -3.4028234e38f;
 constexpr int widest = 512; // channels whose products of bytes can't leave 32 bits
 
-// The tables of the instruction set in use; byte_steps() is null where it has no products of bytes.
+// The tables of the instruction set in use; byte_steps() is null where it has no products of integers
+// for this codebook.
 const CodeSteps& code_steps();
-const ByteSteps* byte_steps();
+const ByteSteps* byte_steps(const Codebook& book);
 
 // points [2^width, channels]
 Codebook book_of(const mx::array& points);
@@ -30,19 +31,19 @@ class Source {
  public:
   Source(const mx::array* in, int H, int coded)
       : in_(in), H_(H), coded_(coded), n_(in[7].shape(3)), book_(book_of(in[6])),
-        bytes_(book_.grid > 0.0f && n_ <= widest ? byte_steps() : nullptr) {}
+        bytes_(book_.grid > 0.0f && n_ <= widest ? byte_steps(book_) : nullptr) {}
 
   int n() const {
     return n_;
   }
-  // Bytes that stand for a token, where codes are multiplied as bytes.
+  // Integers that stand for a token, where codes are multiplied as such.
   int spread() const {
-    return n_ / book_.channels * 2;
+    return n_ / book_.channels * (bytes_ ? bytes_->each : 2);
   }
   const Codebook& book() const {
     return book_;
   }
-  // How codes are multiplied, or null where they are unpacked into floats.
+  // How codes are multiplied as integers, or null where they are unpacked into floats.
   const ByteSteps* bytes() const {
     return bytes_;
   }

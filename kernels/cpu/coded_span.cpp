@@ -5,11 +5,11 @@
 namespace streamer {
 namespace {
 
-// Of `count` values those that meet an index's bytes where these are digits 256 h + l of one channel.
+// Of `count` values those that meet an index's bytes where these are digits of one channel.
 const float* digits_of(const float* q, int count) {
   float* to = workspace(2, 2 * int64_t(count));
   for (int i = 0; i < count; ++i) {
-    to[2 * i] = 256 * q[i];
+    to[2 * i] = radix * q[i];
     to[2 * i + 1] = q[i];
   }
   return to;
@@ -189,7 +189,7 @@ void in_order(const Source& values, const float* sum, float* out) {
   } else {
     float* digits = workspace(2, values.spread());
     values.bytes()->in_order(sum, values.spread(), digits);
-    for (int c = 0; c < n; ++c) out[c] = 256 * digits[2 * c] + digits[2 * c + 1];
+    for (int c = 0; c < n; ++c) out[c] = radix * digits[2 * c] + digits[2 * c + 1];
   }
 }
 

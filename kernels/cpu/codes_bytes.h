@@ -20,6 +20,16 @@ auto with_width(int width, F f) {
   }
 }
 
+// The same; K::width is the only one that K is for, or 0.
+template <class K, class F>
+auto with_width_of(int width, F f) {
+  if constexpr (K::width != 0) {
+    return f.template operator()<K::width>();
+  } else {
+    return with_width(width, f);
+  }
+}
+
 // Bytes from a token's codes to those of `tokens` later, where they lie in one array.
 inline int64_t later(const uint32_t* const* words, int tokens) {
   return (words[1] - words[0]) * 4 * tokens;
@@ -66,7 +76,7 @@ void scores_by(
   constexpr int W = sizeof(V) / 4, tile = 4 * W;
   const int64_t row = 2 * K::wide(n);
   for (int from = 0; from < count; from += tile) {
-    with_width(book.width, [&]<int width>() { K::template unpack_keys<width>(words + from, book, n, room); });
+    with_width_of<K>(book.width, [&]<int width>() { K::template unpack_keys<width>(words + from, book, n, room); });
     by_rows<K::rows>(rows, [&]<int R>(int r, Count<R>) {
       V found[R][4];
       K::template multiply<R>(room, 16 * W, K::keys(n), q.digits + r * row, row, K::wide(n), q.lifts + r, found);
@@ -95,7 +105,7 @@ void weigh_by(
       K::pack_weights(p + int64_t(r) * step + from, scales + from, digits + r * row, units[r], lifts[r]);
     }
     for (int block = 0; block < all / K::channels; ++block) {
-      with_width(
+      with_width_of<K>(
           book.width, [&]<int width>() { K::template unpack_values<width>(words + from, book, n, block, room); });
       by_rows<K::rows>(rows, [&]<int R>(int r, Count<R>) {
         for (int at = 0; at < K::channels; at += 4 * W) {

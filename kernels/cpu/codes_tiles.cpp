@@ -262,7 +262,7 @@ int64_t room(int rows, int n) {
 } // namespace
 
 const ByteSteps* codes_tiles() {
-  static constexpr ByteSteps table = {wide, room, pack, scores, weigh, in_order};
+  static constexpr ByteSteps table = {2, wide, room, pack, scores, weigh, in_order};
   return &table;
 }
 

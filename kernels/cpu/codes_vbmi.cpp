@@ -54,7 +54,7 @@ void pack(const float* q, int rows, int n, int8_t* digits, float* units, int32_t
 
 struct Kernel {
   using V = __m512;
-  static constexpr int rows = 4, channels = 128, bytes = 1;
+  static constexpr int width = 0, rows = 4, channels = 128, bytes = 1;
 
   static int wide(int n) {
     return streamer::wide(n);
@@ -167,7 +167,7 @@ struct Kernel {
 
 const ByteSteps& codes_vbmi() {
   static constexpr ByteSteps table = {
-      wide, room_by<Kernel>, pack, scores_by<Kernel>, weigh_by<Kernel>, in_order};
+      2, wide, room_by<Kernel>, pack, scores_by<Kernel>, weigh_by<Kernel>, in_order};
   return table;
 }
 
