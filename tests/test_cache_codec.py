@@ -63,6 +63,11 @@ def test_pairs_beat_the_paper_s_levels_and_not_the_bound() -> None:
         assert np.abs(mean - points[:, 0]).max() < 0.06
 
 
+def test_points_of_4_bits_are_halves_of_each_other() -> None:
+    points = pairs(4).points
+    assert np.array_equal(points[128:], -points[:128])  # kernels look half of them up
+
+
 def test_levels_of_8_bits_are_close_to_the_best_and_fit_two_bytes() -> None:
     axis = np.linspace(-8, 8, 400001)
     weight = np.exp(-(axis**2) / 2)

@@ -109,22 +109,21 @@ def test_every_width_is_multiplied_as_integers(bits: float, isa: str) -> None:
     assert not mx.array_equal(found(0.0), found(2**-14))
 
 
-def test_levels_that_are_no_pieces_are_unpacked_to_floats() -> None:
-    cache, q = held(700, (8, 8)), normal(3, 1, H * G, 3, 64)
-    moved = cache.keys.codec.points + mx.where(mx.arange(256)[:, None] == 200, 0.004, 0.0)
-    sides = [
-        attention.as_kernel_side(s, 0)._replace(points=moved) for s in (cache.keys, cache.values)
-    ]
+@pytest.mark.parametrize("bits", [4, 8])
+def test_points_without_the_kernels_order_are_unpacked_to_floats(bits: float, isa: str) -> None:
+    """Those of 4 bits are mirrored and those of 8 in pieces; other ones are taken too."""
+    cache, q = held(700, (bits, bits)), normal(3, 1, H * G, 3, 64)
     folded = q.reshape(1, H, 3 * G, 64) / 8
-    y, _ = codes.attend(folded, folded, *sides, rows=3, coded=cache.keys.coded)
-    same, _ = codes.attend(
-        folded,
-        folded,
-        *(s._replace(points=cache.keys.codec.points) for s in sides),
-        rows=3,
-        coded=cache.keys.coded,
-    )
-    assert 0 < mx.abs(y - same).max() < 0.01 * mx.abs(same).max()
+    sides = [attention.as_kernel_side(side, 0) for side in (cache.keys, cache.values)]
+
+    def found(points: mx.array) -> mx.array:
+        moved = [side._replace(points=points) for side in sides]
+        return codes.attend(folded, folded, *moved, rows=3, coded=cache.keys.coded)[0]
+
+    points = cache.keys.codec.points
+    one = mx.arange(256)[:, None] == 200
+    near(found(points + mx.where(one, 1e-5, 0.0)), found(points))
+    assert mx.abs(found(points + mx.where(one, 0.1, 0.0)) - found(points)).max() > 1e-4
 
 
 @pytest.mark.parametrize("D", [36, 72, 80, 256, 512])

@@ -29,6 +29,7 @@ struct Codebook {
   // no multiples.
   float grid;
   uint8_t bytes[2][256];
+  bool mirrored; // whether the upper half of the points are the lower half's negatives, in order
   Pieces pieces;
 };
 

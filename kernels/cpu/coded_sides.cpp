@@ -25,8 +25,8 @@ const ByteSteps* byte_steps(const Codebook& book) {
   if (vbmi && tiles && codes_tiles() != nullptr) return codes_tiles();
   if (vbmi && level() >= Level::vnni) return &codes_vbmi();
   if (level() == Level::avx2) {
-    if (book.channels == 2) return &codes_madd();
-    if (book.pieces.exist) return &codes_levels();
+    if (book.channels == 1) return book.pieces.exist ? &codes_levels() : nullptr;
+    if (book.width < 8 || book.mirrored) return &codes_madd();
   }
 #endif
   return nullptr;
@@ -58,7 +58,7 @@ Pieces pieces_of(const int* levels) {
 
 Codebook book_of(const mx::array& points) {
   const int count = points.shape(0), channels = points.shape(1);
-  Codebook book{points.data<float>(), 0, channels, 0.0f, {}, {}};
+  Codebook book{points.data<float>(), 0, channels, 0.0f, {}, false, {}};
   while ((1 << book.width) < count) ++book.width;
   float top = 0.0f;
   for (int i = 0; i < channels * count; ++i) top = std::max(top, std::abs(book.points[i]));
@@ -77,6 +77,10 @@ Codebook book_of(const mx::array& points) {
       multiples[1] = whole - radix * multiples[0];
     }
     for (int e = 0; e < 2; ++e) book.bytes[e][i] = static_cast<uint8_t>(128 + multiples[e]);
+  }
+  book.mirrored = true;
+  for (int i = 0; i < channels * count / 2; ++i) {
+    book.mirrored &= book.points[channels * count / 2 + i] == -book.points[i];
   }
   if (channels == 1) book.pieces = pieces_of(levels);
   book.grid = grid;

@@ -21,7 +21,8 @@ int wide(int n) {
   return blocks_of(n) * block_channels;
 }
 
-// Clean indices to bytes, of the first channels and of the second.
+// Clean indices to bytes, of the first channels and of the second. Points of 8 bits are looked up
+// without the highest of them, which turns them round.
 template <int width>
 class Tables {
  public:
@@ -35,14 +36,19 @@ class Tables {
   }
   inline __attribute__((always_inline)) void look_up(__m256i index, __m256i& first, __m256i& second) const {
     const __m256i low = width == 4 ? index : _mm256_and_si256(index, _mm256_set1_epi8(15));
-    const __m256i bits[4] = {
-        _mm256_slli_epi16(index, 3), _mm256_slli_epi16(index, 2), _mm256_slli_epi16(index, 1), index};
+    const __m256i bits[3] = {
+        _mm256_slli_epi16(index, 3), _mm256_slli_epi16(index, 2), _mm256_slli_epi16(index, 1)};
     first = choose<count>(tables_[0], low, bits);
     second = choose<count>(tables_[1], low, bits);
+    if constexpr (width == 8) {
+      const __m256i sign = _mm256_or_si256(index, _mm256_set1_epi8(1));
+      first = _mm256_sign_epi8(first, sign);
+      second = _mm256_sign_epi8(second, sign);
+    }
   }
 
  private:
-  static constexpr int count = 1 << (width - 4);
+  static constexpr int count = width == 8 ? 8 : 1 << (width - 4);
 
   // Among n tables, by the sign bits of `bits`, the last of which chooses between their halves.
   template <int n>
@@ -50,7 +56,7 @@ class Tables {
     if constexpr (n == 1) {
       return _mm256_shuffle_epi8(t[0], low);
     } else {
-      constexpr int level = n == 2 ? 0 : n == 4 ? 1 : n == 8 ? 2 : 3;
+      constexpr int level = n == 2 ? 0 : n == 4 ? 1 : 2;
       return _mm256_blendv_epi8(choose<n / 2>(t, low, bits), choose<n / 2>(t + n / 2, low, bits), bits[level]);
     }
   }
