@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from setuptools.errors import CompileError
 SOURCES = Path("kernels", "cpu")
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+MLX_MACOS = "14.0"  # the oldest that MLX's wheels are for
 VECTORS = ("steps", "attend", "codes")  # in the compiler's own vectors
 VNNI = [*AVX512, "-mavx512vnni"]
 X86 = {
@@ -96,6 +98,15 @@ class BuildKernels(build_ext):
         )
 
 
+def for_this_mac() -> None:
+    """For this Mac's CPU and a macOS that MLX runs on, unless the environment says otherwise.
+    Python's own settings may be for Intel's too, and for a macOS too old for C++20."""
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+    configured = str(sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "")
+    least = max(MLX_MACOS, configured, key=lambda v: [int(n) for n in v.split(".") if n])
+    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", least)
+
+
 def extensions() -> list[Extension]:
     """The extension, or nothing where its headers are missing."""
     if os.environ.get("STREAMER_BUILD_KERNELS", "on") == "off":
@@ -107,6 +118,8 @@ def extensions() -> list[Extension]:
             print(f"kernels: not built, there is no {name} here", file=sys.stderr)
             return []
         folders[name] = Path(next(iter(found.submodule_search_locations)))
+    if sys.platform == "darwin":
+        for_this_mac()
     mlx, bind = folders["mlx"], folders["nanobind"]
     here = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     return [

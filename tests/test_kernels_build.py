@@ -138,6 +138,41 @@ def test_a_compiler_without_amx_leaves_that_set_out(tmp_path: Path) -> None:
     assert len(made) == len(sources) and all(Path(each).is_file() for each in made)
 
 
+# The platform is only said to be another once everything is imported.
+ON_A_MAC = """
+import os, platform, runpy, sys, sysconfig
+import setuptools
+setuptools.setup = lambda **_: None
+script = runpy.run_path(sys.argv[1])
+platform.machine = lambda: "arm64"
+sysconfig.get_config_var = lambda name: sys.argv[2]
+script["for_this_mac"]()
+print(os.environ["ARCHFLAGS"], os.environ["MACOSX_DEPLOYMENT_TARGET"])
+"""
+
+
+@pytest.mark.parametrize(
+    "python,environment,built",
+    [
+        ("10.13", {}, "-arch arm64 14.0"),
+        ("15.0", {}, "-arch arm64 15.0"),
+        ("", {"ARCHFLAGS": "-arch x86_64"}, "-arch x86_64 14.0"),
+        ("11.0", {"MACOSX_DEPLOYMENT_TARGET": "26.1"}, "-arch arm64 26.1"),
+    ],
+)
+def test_a_mac_builds_for_itself(python: str, environment: dict[str, str], built: str) -> None:
+    if not importlib.util.find_spec("setuptools"):
+        pytest.skip("building needs setuptools")
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MAC, ROOT / "setup.py", python],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == built, done.stderr
+
+
 def test_turned_off_it_is_not_missed() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "kernels.backend"],
