@@ -65,7 +65,7 @@ Codebook book_of(const mx::array& points) {
   const float grid = top / (channels == 2 ? 127.0f : static_cast<float>(top_level));
   int levels[256];
   for (int i = 0; i < std::max(count, 64); ++i) {
-    int multiples[2];
+    int multiples[2] = {};
     for (int e = 0; e < channels; ++e) {
       const float x = book.points[i % count * channels + e], multiple = std::nearbyint(x / grid);
       if (!(std::abs(multiple * grid - x) <= 1e-6f * top)) return book;

@@ -114,7 +114,7 @@ void run_delta(
     float* d) {
   const auto [B, T, Hk, Hv, Dk, Dv] = heads;
   const int wide = vector_gate ? Dk : 1;
-  each(B * Hv, int64_t(B) * Hv * T * Dv * Dk * 3, [&, B = B, T = T, Hk = Hk, Hv = Hv, Dk = Dk, Dv = Dv](int task) {
+  each(B * Hv, int64_t(B) * Hv * T * Dv * Dk * 3, [&, T = T, Hk = Hk, Hv = Hv, Dk = Dk, Dv = Dv](int task) {
     const int64_t b = task / Hv, h = task % Hv, hk = h / (Hv / Hk), at = b * T * Hv + h,
                   keys = (b * T * Hk + hk) * Dk, states = int64_t(task) * Dv * Dk;
     const Delta head{
