@@ -36,6 +36,8 @@ X86 = {
     "amx": [*VNNI, "-mgfni", "-mamx-tile", "-mamx-int8"],
     "tiles": [*VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
 }
+ARM = {"dot": ["-march=armv8.2-a+dotprod"]}
+SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM}  # a Mac's compiler knows its CPU
 
 
 def flags(source: str) -> list[str]:
@@ -48,8 +50,8 @@ def flags(source: str) -> list[str]:
     # sources say what is fused (fused.h): compilers differ, and rows would too
     common.append("-ffp-contract=off")
     common.append("-w" if part in ("rows", *VECTORS) else "-Wall")
-    if platform.machine().lower() in ("x86_64", "amd64") and part in ("rows", *VECTORS):
-        common += X86.get(isa, [])
+    if part in ("rows", *VECTORS):
+        common += SETS.get(platform.machine().lower(), {}).get(isa, [])
     return common
 
 

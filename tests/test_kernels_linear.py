@@ -211,7 +211,9 @@ def rerun(**environment: str) -> None:
 
 
 @extension
-@pytest.mark.parametrize("name", ["amx", "avx512vnni", "avx512", "avx2", "neon", "portable"])
+@pytest.mark.parametrize(
+    "name", ["amx", "avx512vnni", "avx512", "avx2", "dotprod", "neon", "portable"]
+)
 def test_other_instruction_sets(name: str) -> None:
     module = backend.native()
     if module is None or name not in module.isas():

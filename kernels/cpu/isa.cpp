@@ -13,6 +13,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace streamer {
 
@@ -24,6 +28,18 @@ struct Choice {
   const Rows* rows;
   const Steps* steps;
 };
+
+#if defined(__aarch64__)
+bool multiplies_bytes() {
+#if defined(__APPLE__)
+  return true; // every Mac with Arm
+#elif defined(__linux__) && defined(HWCAP_ASIMDDP)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return false;
+#endif
+}
+#endif
 
 const std::vector<Choice>& choices() {
   static const std::vector<Choice> found = [] {
@@ -42,6 +58,8 @@ const std::vector<Choice>& choices() {
     if (avx512) out.push_back({"avx512", Level::avx512, &rows_avx512(), &steps_avx512()});
     if (avx2) out.push_back({"avx2", Level::avx2, &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)
+    const Rows* dot = rows_dot();
+    if (dot && multiplies_bytes()) out.push_back({"dotprod", Level::neon, dot, &steps_neon()});
     out.push_back({"neon", Level::neon, &rows_neon(), &steps_neon()});
 #endif
     out.push_back({"portable", Level::portable, &rows_portable(), &steps_portable()});

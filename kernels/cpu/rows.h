@@ -60,6 +60,7 @@ const Rows& rows_maddubs();
 const Rows& rows_avx512();
 const Rows& rows_vnni();
 const Rows& rows_neon();
+const Rows* rows_dot(); // null where the compiler does not know products of bytes
 const Rows* rows_amx(); // null where the compiler does not know the tiles
 
 namespace {
