@@ -30,6 +30,7 @@ X86 = {
     "madd": AVX2,
     "levels": AVX2,
     "maddubs": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512": AVX512,
     "vnni": VNNI,
     "vbmi": [*VNNI, "-mavx512vbmi"],
@@ -58,21 +59,25 @@ def flags(source: str) -> list[str]:
 class BuildKernels(build_ext):
     """Compiles each source with its own flags, all at once."""
 
-    def knows_tiles(self) -> bool:
-        """Whether compiler and assembler have AMX; without it that set is left out."""
+    def knows(self, instruction: str, flags: list[str]) -> bool:
+        """Whether compiler and assembler have an instruction; without it that set is left out."""
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "tiles.cpp")
-            source.write_text('void release() { asm volatile("tilerelease"); }')
+            source = Path(folder, "instruction.cpp")
+            source.write_text(f'void run() {{ asm volatile("{instruction}"); }}')
             try:
-                self.compiler.compile([str(source)], folder, extra_postargs=X86["amx"])
+                self.compiler.compile([str(source)], folder, extra_postargs=flags)
             except CompileError:
                 return False
             return True
 
     def choose_flags(self) -> None:
-        """Sources for AMX compile to nothing where the compiler has none."""
-        if platform.machine().lower() in ("x86_64", "amd64") and not self.knows_tiles():
+        """Sources for AMX and AVX-VNNI compile to nothing where the compiler has none."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return
+        if not self.knows("tilerelease", X86["amx"]):
             X86["amx"] = X86["tiles"] = VNNI
+        if not self.knows("{vex} vpdpbusd %ymm0, %ymm0, %ymm0", X86["avxvnni"]):
+            X86["avxvnni"] = AVX2
 
     def build_extension(self, ext: Extension) -> None:
         self.choose_flags()

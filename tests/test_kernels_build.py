@@ -98,10 +98,10 @@ def test_without_a_compiler_the_install_works_and_says_so_once(
 
 
 # In an interpreter of its own: whoever imported distutils first decides whose it is.
-WITHOUT_AMX = """
+WITHOUT = """
 import importlib, runpy, sys
 import setuptools
-refusing, folder, setup, *sources = sys.argv[1:]
+refusing, folder, setup, has, lacks, *sources = sys.argv[1:]
 setuptools.setup = lambda **_: None
 script = runpy.run_path(setup)
 command = script["BuildKernels"](setuptools.Distribution())
@@ -110,24 +110,34 @@ command.compiler.set_executables(compiler_so=[refusing], compiler_so_cxx=[refusi
 command.choose_flags()
 for source in sources:
     chosen = script["flags"](source)
-    assert "-mavx512vnni" in chosen and "-mamx-tile" not in chosen, chosen
+    assert has in chosen and lacks not in chosen, chosen
     print(*command.compiler.compile([source], folder, extra_postargs=chosen))
 """
 
 
-def test_a_compiler_without_amx_leaves_that_set_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "has,lacks,files",
+    [
+        ("-mavx512vnni", "-mamx-tile", ["rows_amx.cpp", "codes_tiles.cpp"]),
+        ("-mavx2", "-mavxvnni", ["rows_avxvnni.cpp"]),
+    ],
+)
+def test_a_set_that_the_compiler_lacks_is_left_out(
+    has: str, lacks: str, files: list[str], tmp_path: Path
+) -> None:
     if shutil.which("c++") is None or platform.machine() != "x86_64":
         pytest.skip("no x86 compiler")
     if not importlib.util.find_spec("setuptools"):
         pytest.skip("building needs setuptools")
     refusing = tmp_path / "c++"
     refusing.write_text(
-        '#!/bin/sh\nfor a; do case "$a" in -mamx*) exit 1;; esac; done\nexec c++ "$@"\n'
+        f'#!/bin/sh\nfor a; do case "$a" in {lacks}) exit 1;; esac; done\nexec c++ "$@"\n'
     )
     refusing.chmod(0o755)
-    sources = [ROOT / "kernels" / "cpu" / name for name in ("rows_amx.cpp", "codes_tiles.cpp")]
+    sources = [ROOT / "kernels" / "cpu" / name for name in files]
+    arguments = [refusing, tmp_path, ROOT / "setup.py", has, lacks, *sources]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_AMX, refusing, tmp_path, ROOT / "setup.py", *sources],
+        [sys.executable, "-c", WITHOUT, *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -59,7 +59,7 @@ def both(
 
 def in_integers() -> bool:
     """Whether products are of integers here: rounded to 2^-16 of a row's largest channel."""
-    return backend.isa() in ("amx", "avx512vnni", "avx2")
+    return backend.isa() in ("amx", "avx512vnni", "avxvnni", "avx2")
 
 
 def near(found: mx.array, wanted: mx.array) -> None:

@@ -41,6 +41,18 @@ bool multiplies_bytes() {
 }
 #endif
 
+#if defined(__x86_64__)
+// VNNI for vectors of 32 bytes, which CPUs without AVX-512 have; that of AVX-512 is another bit.
+bool has_avxvnni() {
+#if defined(STREAMER_EMULATE_VNNI)
+  return true;
+#else
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4;
+#endif
+}
+#endif
+
 const std::vector<Choice>& choices() {
   static const std::vector<Choice> found = [] {
     std::vector<Choice> out;
@@ -56,6 +68,8 @@ const std::vector<Choice>& choices() {
     const Rows* amx = vnni && __builtin_cpu_supports("gfni") ? rows_amx() : nullptr;
     if (amx && tiles_granted()) out.push_back({"amx", Level::amx, amx, &steps_avx512()});
     if (avx512) out.push_back({"avx512", Level::avx512, &rows_avx512(), &steps_avx512()});
+    const Rows* avxvnni = avx2 && has_avxvnni() ? rows_avxvnni() : nullptr;
+    if (avxvnni) out.push_back({"avxvnni", Level::avx2, avxvnni, &steps_avx2()});
     if (avx2) out.push_back({"avx2", Level::avx2, &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)
     const Rows* dot = rows_dot();

@@ -1,7 +1,7 @@
-// What rows of x are packed to for rows_maddubs.cpp, and 64 weights times them.
+// What rows of x are packed to for narrow256.h, and 64 weights of 4 bits.
 //
-// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into a
-// signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
+// A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into
+// a signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
 #pragma once
 
 #include <immintrin.h>
@@ -12,28 +12,25 @@ namespace streamer {
 namespace {
 
 constexpr int W = 8;
-constexpr int64_t columns = 64; // of a block, 32 bytes of weights
-// Of a row of x, for a block: h of every fourth value from the first, third, second and fourth on;
-// l of the even ones, then of the odd ones; eight units.
+constexpr int64_t columns = 64; // of a block
+// Of a row of x, for a block: digits (of Nibbles: h of every fourth value from the first, third,
+// second and fourth on; l of the even ones, then of the odd ones), and eight units.
 constexpr int64_t block_bytes = 7 * 32;
 
 struct Layout {
-  int64_t K, G, blocks, sums;
+  int64_t K, G, bits, blocks, sums;
 
   explicit Layout(const Matrix& A)
       : K(A.K),
         G(A.K / A.group),
+        bits(A.bits),
         blocks((A.K + columns - 1) / columns),
         sums((G + W - 1) / W * W) {}
 
   int64_t row_bytes() const {
-    return K / 2;
+    return K * bits / 8;
   }
 };
-
-bool known(const Matrix& A) {
-  return A.format == Format::affine && A.bits == 4;
-}
 
 // Every other byte of 64, those at even places or, `shift` 8, at odd ones.
 template <int shift>
@@ -93,10 +90,12 @@ inline void fixed(const float* x, __m256i* q, float* units) {
 }
 
 // 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
-struct Weights {
+struct Nibbles {
+  static constexpr int64_t bytes = 32; // of a block
+
   __m256i even, odd, quarters[4];
 
-  explicit Weights(__m256i nibbles) {
+  explicit Nibbles(__m256i nibbles) {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
     even = _mm256_and_si256(nibbles, nibble);
@@ -106,24 +105,22 @@ struct Weights {
     quarters[2] = _mm256_slli_epi16(odd, 8);
     quarters[3] = _mm256_and_si256(odd, upper);
   }
-};
 
-// Sum over each lane's values of x times w, as the integers that they stand for.
-inline __m256 whole(const Weights& w, const uint8_t* x) {
-  const auto* from = reinterpret_cast<const __m256i*>(x);
-  const __m256i a = _mm256_add_epi32(
-      _mm256_madd_epi16(w.quarters[0], _mm256_load_si256(from)),
-      _mm256_madd_epi16(w.quarters[1], _mm256_load_si256(from + 1)));
-  const __m256i b = _mm256_add_epi32(
-      _mm256_madd_epi16(w.quarters[2], _mm256_load_si256(from + 2)),
-      _mm256_madd_epi16(w.quarters[3], _mm256_load_si256(from + 3)));
-  const __m256i l = _mm256_add_epi16(
-      _mm256_maddubs_epi16(w.even, _mm256_load_si256(from + 4)),
-      _mm256_maddubs_epi16(w.odd, _mm256_load_si256(from + 5)));
-  const __m256i sum = _mm256_add_epi32(
-      _mm256_add_epi32(a, b), _mm256_madd_epi16(l, _mm256_set1_epi16(1)));
-  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
-}
+  // A block's, or with `part` the first half of one.
+  static inline __attribute__((always_inline)) Nibbles at(const uint8_t* from, bool part) {
+    const auto* all = reinterpret_cast<const __m256i*>(from);
+    const auto* half = reinterpret_cast<const __m128i*>(from);
+    return Nibbles(
+        part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(all));
+  }
+
+  // Sum over each lane's values of x times these, as the integers that they stand for: what an
+  // instruction set supplies.
+  __m256 times(const uint8_t* x) const;
+
+  // One block of one row of x, zeros after `count`, and its lanes' sums.
+  static __m256 pack(const float* x, int64_t count, uint8_t* out);
+};
 
 // h of eight times eight values, into four vectors.
 inline void high_digits(const __m256i* q, __m256i* to) {
@@ -142,8 +139,7 @@ inline void high_digits(const __m256i* q, __m256i* to) {
   _mm256_store_si256(to + 3, _mm256_unpackhi_epi64(b, d));
 }
 
-// One block of one row of x, zeros after `count`, and its lanes' sums.
-inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
+inline __m256 Nibbles::pack(const float* x, int64_t count, uint8_t* out) {
   alignas(32) float tail[columns];
   if (count < columns) {
     for (int64_t i = 0; i < columns; ++i) tail[i] = i < count ? x[i] : 0.0f;
@@ -158,34 +154,8 @@ inline __m256 pack_block(const float* x, int64_t count, uint8_t* out) {
   _mm256_store_si256(to + 5, every_other<8>(a, b));
   for (__m256i& one : q) one = _mm256_srai_epi32(_mm256_add_epi32(one, half), 8);
   high_digits(q, to);
-  const Weights ones(_mm256_set1_epi8(17));
-  return _mm256_mul_ps(whole(ones, out), _mm256_load_ps(units));
-}
-
-int64_t packed(const Matrix& A, int M) {
-  if (!known(A)) return rows_avx2().packed(A, M);
-  const Layout L(A);
-  return M * (L.blocks * block_bytes / 4 + L.sums);
-}
-
-void pack(const Matrix& A, int M, const float* const* x, float* out) {
-  if (!known(A)) return rows_avx2().pack(A, M, x, out);
-  const Layout L(A);
-  auto* to = reinterpret_cast<uint8_t*>(out);
-  float* sums = out + M * L.blocks * block_bytes / 4;
-  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
-  const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
-  for (int64_t k = 0; k < L.blocks; ++k) {
-    for (int m = 0; m < M; ++m, to += block_bytes) {
-      const __m256 lanes = pack_block(x[m] + k * columns, L.K - k * columns, to);
-      // Of each half of the block: a group of 32, or a part of one.
-      const __m128 four =
-          _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-      const __m128 two = _mm_hadd_ps(four, four);
-      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
-      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
-    }
-  }
+  const Nibbles ones(_mm256_set1_epi8(17));
+  return _mm256_mul_ps(ones.times(out), _mm256_load_ps(units));
 }
 
 } // namespace

@@ -1,7 +1,7 @@
-// rows.h in vectors of 32 bytes and products of small integers: affine weights of 4 bits (with AVX-VNNI
-// of 8, too) as what they are, against x in fixed point, as rows_vnni.cpp has it; everything else as
-// with AVX2.
+// rows.h in vectors of 32 bytes and products of small integers: narrow weights as what they are,
+// against x in fixed point, as rows_vnni.cpp has it; everything else as with AVX2.
 //
+// A block is 64 weights: Nibbles, or what else an instruction set reads and multiplies so.
 // Some output rows are taken a stretch of columns at a time, so that the rows of x there stay in
 // the first-level cache; their sums wait in memory, and are added up over lanes four at a time.
 #pragma once
@@ -25,10 +25,39 @@ int64_t held_rows(const Layout& L) {
   return n < 8 ? 8 : n < max_tile ? n : max_tile;
 }
 
+// What of it the instruction set multiplies as integers.
+bool known(const Matrix& A);
+
+int64_t packed(const Matrix& A, int M) {
+  if (!known(A)) return rows_avx2().packed(A, M);
+  const Layout L(A);
+  return M * (L.blocks * block_bytes / 4 + L.sums);
+}
+
 int64_t scratch(const Matrix& A) {
   if (!known(A)) return rows_avx2().scratch(A);
   const Layout L(A);
   return held_rows(L) * (max_rows * W + 2 * L.G);
+}
+
+template <class Weights>
+void pack_rows(const Matrix& A, int M, const float* const* x, float* out) {
+  const Layout L(A);
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  float* sums = out + M * L.blocks * block_bytes / 4;
+  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
+  const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
+  for (int64_t k = 0; k < L.blocks; ++k) {
+    for (int m = 0; m < M; ++m, to += block_bytes) {
+      const __m256 lanes = Weights::pack(x[m] + k * columns, L.K - k * columns, to);
+      // Of each half of the block: a group of 32, or a part of one.
+      const __m128 four =
+          _mm_hadd_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+      const __m128 two = _mm_hadd_ps(four, four);
+      sums[m * L.sums + (2 * k >> apart)] += _mm_cvtss_f32(two);
+      sums[m * L.sums + (2 * k + 1 >> apart)] += _mm_cvtss_f32(_mm_movehdup_ps(two));
+    }
+  }
 }
 
 // Scales (or biases) from `index` on as floats: where they lie, or in `room`.
@@ -84,20 +113,17 @@ inline __attribute__((always_inline)) void of_biases(
 
 // Blocks [begin, end) of an output row on top of `total`. per: blocks to a group, 0: two groups to
 // a block.
-template <int M, int per>
+template <class Weights, int M, int per>
 inline __attribute__((always_inline)) void stretch(
     const Layout& L, const uint8_t* weights, const uint8_t* x, const float* scales, float* total,
     int64_t begin, int64_t end, int64_t ahead) {
   constexpr bool held = M <= 4; // more don't fit into registers beside the weights
   __m256 sum[M];
   for (int m = 0; m < M && held; ++m) sum[m] = _mm256_load_ps(total + m * W);
-  weights += begin * 32;
+  weights += begin * Weights::bytes;
   x += begin * M * block_bytes;
   auto block = [&](int64_t k, bool part) __attribute__((always_inline)) {
-    const auto* from = reinterpret_cast<const __m256i*>(weights);
-    const auto* half = reinterpret_cast<const __m128i*>(weights);
-    const Weights w(
-        part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(from));
+    const Weights w = Weights::at(weights, part);
     const float* s = scales + (per == 0 ? 2 * k : k / per);
     const __m256 scale = per == 0 && !part
         ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
@@ -106,19 +132,20 @@ inline __attribute__((always_inline)) void stretch(
       const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(x + 192));
       const __m256 by = _mm256_mul_ps(scale, unit);
       if (held) {
-        sum[m] = _mm256_fmadd_ps(whole(w, x), by, sum[m]);
+        sum[m] = _mm256_fmadd_ps(w.times(x), by, sum[m]);
       } else {
         const __m256 before = _mm256_load_ps(total + m * W);
-        _mm256_store_ps(total + m * W, _mm256_fmadd_ps(whole(w, x), by, before));
+        _mm256_store_ps(total + m * W, _mm256_fmadd_ps(w.times(x), by, before));
       }
     }
-    weights += 32;
+    weights += Weights::bytes;
   };
   const int64_t full = L.K / columns < end ? L.K / columns : end;
   int64_t k = begin;
   for (; k + 2 <= full; k += 2) {
     __builtin_prefetch(weights + ahead, 0, 2);
     block(k, false);
+    if (Weights::bytes == 64) __builtin_prefetch(weights + ahead, 0, 2);
     block(k + 1, false);
   }
   for (; k < full; ++k) block(k, false);
@@ -127,7 +154,7 @@ inline __attribute__((always_inline)) void stretch(
 }
 
 // y[m][n] for n in [begin, end), at most held_rows(L) of them.
-template <int M, int per>
+template <class Weights, int M, int per>
 void run_rows(
     const Matrix& A, const Layout& L, const float* packed, float* scratch, float* const* y,
     int64_t begin, int64_t end) {
@@ -156,7 +183,7 @@ void run_rows(
   for (int64_t k = 0; k < L.blocks; k += blocks) {
     const int64_t to = k + blocks < L.blocks ? k + blocks : L.blocks;
     for (int64_t r = 0; r < count; ++r) {
-      stretch<M, per>(
+      stretch<Weights, M, per>(
           L, weights + r * row_bytes, x, scale + r * L.G, total + r * M * W, k, to, ahead);
     }
   }
@@ -170,24 +197,26 @@ void run_rows(
   }
 }
 
-template <int per>
+template <class Weights, int per>
 void run_groups(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   const Layout L(A);
   for (int64_t n = begin, to; n < end; n = to) {
     to = n + held_rows(L) < end ? n + held_rows(L) : end;
-    by_rows(M, [&](auto rows) { run_rows<rows.value, per>(A, L, packed, scratch, y, n, to); });
+    by_rows(M, [&](auto rows) {
+      run_rows<Weights, rows.value, per>(A, L, packed, scratch, y, n, to);
+    });
   }
 }
 
-void run(
+template <class Weights>
+void run_all(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
-  if (!known(A)) return rows_avx2().run(A, M, packed, scratch, y, begin, end);
-  if (A.group == 32) return run_groups<0>(A, M, packed, scratch, y, begin, end);
-  if (A.group == 64) return run_groups<1>(A, M, packed, scratch, y, begin, end);
-  run_groups<2>(A, M, packed, scratch, y, begin, end);
+  if (A.group == 32) return run_groups<Weights, 0>(A, M, packed, scratch, y, begin, end);
+  if (A.group == 64) return run_groups<Weights, 1>(A, M, packed, scratch, y, begin, end);
+  run_groups<Weights, 2>(A, M, packed, scratch, y, begin, end);
 }
 
 void swiglu(float* gate, const float* up, int64_t count) {

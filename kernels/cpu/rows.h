@@ -61,7 +61,8 @@ const Rows& rows_avx512();
 const Rows& rows_vnni();
 const Rows& rows_neon();
 const Rows* rows_dot(); // null where the compiler does not know products of bytes
-const Rows* rows_amx(); // null where the compiler does not know the tiles
+const Rows* rows_avxvnni(); // null where the compiler does not know its instructions
+const Rows* rows_amx(); // null where it does not know the tiles
 
 namespace {
 
