@@ -1,8 +1,9 @@
 """`--kv-bits`: at how many bits a channel the history in the KV cache is held.
 
 16 leaves mlx-lm's caches as they are, in the type that the model computes in; fewer bits make
-those of full attention and of MLA's latents compressed ones (see cache/README.md). `auto` is 16
-unless the plan says that the context does not fit.
+those of full attention and of MLA's latents compressed ones, keys and values of every such layer
+at the same number of bits (see cache/README.md). `auto` is 16 unless the plan says that the
+context does not fit.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
         type=bits_option,
         default="auto",
         metavar="auto|16|8|4|3.5|3|2.5|2",
-        help="bits a channel of the KV cache (auto: 16, full precision, unless the context "
-        "would not fit)",
+        help="bits a channel of the KV cache, keys and values of every layer alike (auto: 16, full "
+        "precision, unless the context would not fit)",
     )
     p.add_argument(
         "--prompt-cache",

@@ -16,6 +16,7 @@ from test_mtp_decode import drafting, tokens_of
 from cache import make
 from cache.attention import View
 from cache.compressed import CompressedKVCache
+from streamer.kv import CODED as BITS
 from streamer.loading import expert_count, load_streamed
 from streamer.rehearse import Choice
 from streamer.run import DEMO
@@ -123,7 +124,7 @@ def test_drafts_and_rehearsals_change_no_token(family: str, tmp_path: Path) -> N
     assert tokens_of(rehearsed, 90, PROMPT, speculation=drafts)[0] == expected
 
 
-@pytest.mark.parametrize("bits", [2, 3.5])
+@pytest.mark.parametrize("bits", BITS)
 def test_the_demo_drafts_and_rehearses_the_same_tokens(bits: float) -> None:
     expected = tokens_of(load_streamed(DEMO, dtype="auto", kv_bits=bits), 150)[0]
     runs: list[tuple[int | None, Choice]] = [
