@@ -133,7 +133,7 @@ def measured(
         run["full_floor_ms"] = floors.ms(2 * KEY_HEADS * context * CHANNELS * 4, multiplies)
         for b, cache in codes.items():
             stored = 2 * KEY_HEADS * cache.keys.coded * cache.keys.codec.row_bytes
-            digits = 2 if b == 8 and backend.isa() != "avx2" else 1
+            digits = 2 if b == 8 and backend.isa() not in ("avx2", "avxvnni") else 1
             floor = floors.ms(stored, multiplies * digits, codes=True)
             runs.append(
                 {**run, "bits": b, "codes_ms": ms[b, rows], "codes_floor_ms": floor}
