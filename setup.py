@@ -37,8 +37,9 @@ X86 = {
     "amx": [*VNNI, "-mgfni", "-mamx-tile", "-mamx-int8"],
     "tiles": [*VNNI, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
 }
-ARM = {"dot": ["-march=armv8.2-a+dotprod"]}
-SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM}  # a Mac's compiler knows its CPU
+ARM = {"dot": ["-march=armv8.2-a+dotprod"], "i8mm": ["-march=armv8.2-a+dotprod+i8mm"]}
+ARM_PRODUCTS = {"dot": "sdot", "i8mm": "smmla"}
+SETS = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 
 
 def flags(source: str) -> list[str]:
@@ -71,13 +72,17 @@ class BuildKernels(build_ext):
             return True
 
     def choose_flags(self) -> None:
-        """Sources for AMX and AVX-VNNI compile to nothing where the compiler has none."""
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return
-        if not self.knows("tilerelease", X86["amx"]):
-            X86["amx"] = X86["tiles"] = VNNI
-        if not self.knows("{vex} vpdpbusd %ymm0, %ymm0, %ymm0", X86["avxvnni"]):
-            X86["avxvnni"] = AVX2
+        """Sources for what the compiler has not compile to nothing."""
+        known = SETS.get(platform.machine().lower())
+        if known is X86:
+            if not self.knows("tilerelease", X86["amx"]):
+                X86["amx"] = X86["tiles"] = VNNI
+            if not self.knows("{vex} vpdpbusd %ymm0, %ymm0, %ymm0", X86["avxvnni"]):
+                X86["avxvnni"] = AVX2
+        elif known is ARM:
+            for part, product in ARM_PRODUCTS.items():
+                if not self.knows(f"{product} v0.4s, v1.16b, v2.16b", ARM[part]):
+                    ARM[part] = []
 
     def build_extension(self, ext: Extension) -> None:
         self.choose_flags()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = platform.machine().lower() in ("aarch64", "arm64")
 COMPILER = "c++" if HERE else "aarch64-linux-gnu-g++"
 EMULATOR = [] if HERE else ["qemu-aarch64", "-cpu", "max"]
-SETS = ("portable", "neon", "dot")
+SETS = ("portable", "neon", "dot", "i8mm")
 
 
 @pytest.fixture
@@ -48,4 +48,5 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_products_are_right_and_rows_are_alike_in_any_company(program: Path) -> None:
     done = subprocess.run([*EMULATOR, program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {"portable", "neon", "dotprod"}
+    sets = {line.split()[0] for line in done.stdout.splitlines()}
+    assert sets == {"portable", "neon", "dotprod", "i8mm"}

@@ -212,7 +212,8 @@ def rerun(**environment: str) -> None:
 
 @extension
 @pytest.mark.parametrize(
-    "name", ["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "dotprod", "neon", "portable"]
+    "name",
+    ["amx", "avx512vnni", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "portable"],
 )
 def test_other_instruction_sets(name: str) -> None:
     module = backend.native()

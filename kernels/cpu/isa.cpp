@@ -16,6 +16,8 @@
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace streamer {
@@ -35,6 +37,18 @@ bool multiplies_bytes() {
   return true; // every Mac with Arm
 #elif defined(__linux__) && defined(HWCAP_ASIMDDP)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return false;
+#endif
+}
+
+bool multiplies_matrices() {
+#if defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has == 1;
+#elif defined(__linux__) && defined(HWCAP2_I8MM)
+  return getauxval(AT_HWCAP2) & HWCAP2_I8MM;
 #else
   return false;
 #endif
@@ -72,7 +86,8 @@ const std::vector<Choice>& choices() {
     if (avxvnni) out.push_back({"avxvnni", Level::avx2, avxvnni, &steps_avx2()});
     if (avx2) out.push_back({"avx2", Level::avx2, &rows_maddubs(), &steps_avx2()});
 #elif defined(__aarch64__)
-    const Rows* dot = rows_dot();
+    const Rows *dot = rows_dot(), *i8mm = rows_i8mm();
+    if (i8mm && multiplies_matrices()) out.push_back({"i8mm", Level::neon, i8mm, &steps_neon()});
     if (dot && multiplies_bytes()) out.push_back({"dotprod", Level::neon, dot, &steps_neon()});
     out.push_back({"neon", Level::neon, &rows_neon(), &steps_neon()});
 #endif

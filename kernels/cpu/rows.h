@@ -61,6 +61,7 @@ const Rows& rows_avx512();
 const Rows& rows_vnni();
 const Rows& rows_neon();
 const Rows* rows_dot(); // null where the compiler does not know products of bytes
+const Rows* rows_i8mm(); // or of matrices of them
 const Rows* rows_avxvnni(); // null where the compiler does not know its instructions
 const Rows* rows_amx(); // null where it does not know the tiles
 

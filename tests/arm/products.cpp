@@ -118,10 +118,10 @@ double worst(const Rows& rows, const Form& form, int K) {
 } // namespace
 
 int main() {
-  const Rows* sets[] = {&rows_portable(), &rows_neon(), rows_dot()};
-  const char* names[] = {"portable", "neon", "dotprod"};
+  const Rows* sets[] = {&rows_portable(), &rows_neon(), rows_dot(), rows_i8mm()};
+  const char* names[] = {"portable", "neon", "dotprod", "i8mm"};
   int wrong = 0;
-  for (int set = 0; set < 3; ++set) {
+  for (int set = 0; set < 4; ++set) {
     for (const Form& form : forms) {
       double most = 0;
       for (int K : {128, 384, 1152}) most = std::fmax(most, worst(*sets[set], form, K));
