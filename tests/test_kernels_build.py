@@ -148,6 +148,48 @@ def test_a_set_that_the_compiler_lacks_is_left_out(
     assert len(made) == len(sources) and all(Path(each).is_file() for each in made)
 
 
+# With a compiler that refuses what its first argument says.
+ON_ARM = """
+import importlib, platform, runpy, sys
+import setuptools
+setuptools.setup = lambda **_: None
+script = runpy.run_path(sys.argv[1])
+platform.machine = lambda: "aarch64"
+command = script["BuildKernels"](setuptools.Distribution())
+command.compiler = importlib.import_module("distutils.ccompiler").new_compiler()
+command.compiler.set_executables(compiler_so=[sys.argv[2]], compiler_so_cxx=[sys.argv[2]])
+command.choose_flags()
+for name in ("rows_dot.cpp", "rows_i8mm.cpp", "rows_neon.cpp"):
+    print(*[flag for flag in script["flags"](name) if "march" in flag])
+"""
+
+
+@pytest.mark.parametrize(
+    "refused,built",
+    [
+        ("nothing", ["-march=armv8.2-a+dotprod", "-march=armv8.2-a+dotprod+i8mm", ""]),
+        ("*i8mm", ["-march=armv8.2-a+dotprod", "", ""]),
+        ("-march*", ["", "", ""]),
+    ],
+)
+def test_what_arms_compiler_has_not_is_left_out(
+    tmp_path: Path, refused: str, built: list[str]
+) -> None:
+    if not importlib.util.find_spec("setuptools"):
+        pytest.skip("building needs setuptools")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nfor a; do case "$a" in {refused}) exit 1;; esac; done\n')
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ARM, ROOT / "setup.py", compiler],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == built, done.stderr
+
+
 # The platform is only said to be another once everything is imported.
 ON_A_MAC = """
 import os, platform, runpy, sys, sysconfig
