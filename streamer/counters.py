@@ -60,7 +60,7 @@ class Counters:
     """What the experts cost so far. Hits and misses count a layer's distinct experts.
 
     waits: calls of a layer that missed. syncs: times that a pass stood still for what a router
-    chose to be looked up.
+    chose to be looked up by Python; none where the extension does so (`streamer.serving`).
     prefetched, prefetch_used: experts read ahead of need, and those that were then needed.
     bytes_guessed: of those that no layer was waiting for.
     rehearsals: times that rehearsed layers were read back; exact_layers: those of the layers
