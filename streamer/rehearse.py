@@ -76,7 +76,9 @@ class Rehearsal:
                 run.foresight.use(sources)
                 named = named or bool(sources)
         self._open = tuple(w for w in WAYS if w != "guess" or (named and not self._chosen))
-        self._last: tuple[int, Way, float, float, int, int] | None = None  # how the last pass began
+        self._last: tuple[int, Way, float, float, int, int, int] | None = (
+            None  # how the last pass began
+        )
         self._count = len(layers)
         self._running = False
         self._begun: set[int] = set()  # rows of passes that there were
@@ -168,7 +170,7 @@ class Rehearsal:
             self._ways[rows] = Ways(self._open, eager=rows == 1)
         way = self._ways[rows].choose()
         c = self._counters
-        counts = c.io_wait_seconds, c.waits, c.bytes_wanted
+        counts = c.io_wait_seconds, c.waits, c.bytes_wanted, c.syncs
         self._last = rows, way, time.perf_counter(), *counts
         if way == "guess":
             return "lookahead", True
@@ -195,11 +197,12 @@ class Rehearsal:
         """The pass before, and what came after it, took until now."""
         if self._last is None:
             return
-        rows, way, began, waited, waits, nbytes = self._last
+        rows, way, began, waited, waits, nbytes, syncs = self._last
         self._last = None
         seconds, c = time.perf_counter() - began, self._counters
         reading = (c.bytes_wanted - nbytes) * self._runs[0].pace.each
-        seen = Seen(seconds, c.io_wait_seconds - waited, c.waits - waits, reading)
+        missing, served = c.waits - waits, c.syncs == syncs
+        seen = Seen(seconds, c.io_wait_seconds - waited, missing, reading, served)
         self._ways[rows].record(way, seen)
 
     def part(self, index: int, call: Callable[[], Any], arguments: Sequence[Any]) -> Any:

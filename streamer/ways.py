@@ -44,6 +44,9 @@ AGAIN = 100  # passes without rehearsing after which its costs are thought to be
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
 WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
+# seconds that the layers which miss must wait, each on average, for looking ahead to gain where a
+# pass is otherwise served without Python: about twice what Python takes of one
+WORTH_STOPPING = 0.7e-3
 RARE = 0.25  # layers of a pass that miss, above which rehearsing all of it does not pay
 
 
@@ -132,12 +135,13 @@ class Effort:
 @dataclass(frozen=True)
 class Seen:
     """A pass: seconds in all, seconds waited for reads, layers that missed; reading: seconds that
-    reading what it missed takes, whether waited for or not."""
+    reading what it missed takes, whether waited for or not; served: without Python in between."""
 
     seconds: float
     waited: float = 0.0
     missing: float = 0.0
     reading: float = 0.0
+    served: bool = False
 
 
 class Ways:
@@ -154,6 +158,7 @@ class Ways:
         self._reading, self._seconds = Mean(), Mean()  # of a pass
         self._waited = {w: Mean() for w in ways}  # share of a pass
         self._missing = Mean()
+        self._each = Mean()  # seconds waited for a layer that missed, in passes served
         self._best: Way = ways[0]
         self._trial: Way | None = None
         self._left = 0  # passes of the trial
@@ -188,6 +193,8 @@ class Ways:
             self._costs[way].append(seconds)
         self._last = way
         self._missing.add(seen.missing)
+        if seen.served and seen.missing:
+            self._each.add(seen.waited / seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
         if self._left and way == self._trial:
             self._left -= 1
@@ -245,6 +252,8 @@ class Ways:
     def hopeful(self, way: Way) -> bool:
         """Whether there is anything to gain."""
         if way in ("lookahead", "guess"):
+            if self._each.count and self._each.value < WORTH_STOPPING:
+                return False
             return self._waited[self._best].value > WORTH_WAITING
         if way == "rehearse":
             return self._missing.value < RARE
