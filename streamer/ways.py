@@ -40,6 +40,7 @@ PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
 LEAST = 0.1  # what a trial is thought to lose of its time, at least
 PAUSE = 4  # times what a pass takes: the most that one is taken for
 MARGIN = 1.01  # by which another way must be faster to be changed to
+FAVOUR = 1.03  # and by so much more where it would take the place of layer-wise; back, by less
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
@@ -215,13 +216,22 @@ class Ways:
             self._left = TRIAL - 1
             return
         again = self._back is not None and self._back[0] == way
-        if best > MARGIN * cost:
+        if best > self._margin(way) * cost:
             if self._back is None:
                 self._back = self._best, self._passes + WINDOW
             self._best = way
         if again:
             self._back = None
         self._trial = None
+
+    def _margin(self, way: Way) -> float:
+        """How much faster the way must be than the best.
+
+        Medians of a few passes differ by hundredths, and one that looks faster by chance stays.
+        """
+        if self._best == "layerwise":
+            return MARGIN * FAVOUR
+        return MARGIN / FAVOUR if way == "layerwise" else MARGIN
 
     def _begin(self) -> None:
         """A trial, if it is time for one."""
