@@ -50,6 +50,7 @@ class Serving:
                 return None
             self._made = pool, made
         run.settle()
+        run.moved()
         cache = self._made[1]
         cache.watched = run.watch is not None
         return cache
@@ -71,8 +72,6 @@ class Serving:
         pool.went(layer)
         run.fetching.rows.add(rows)
         run.waited(waited)
-        if waits:
-            run.moved()
         for nbytes, seconds in demands:
             run.demanded(nbytes, seconds, beside=False)
         if run.watch is not None:
