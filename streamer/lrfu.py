@@ -77,7 +77,7 @@ class Lrfu(SlotPool):
             heat[ids.reshape(-1)] += 1
             return
         ages = AGES if rows < len(AGES) else DECAY ** np.arange(rows + 1.0)
-        weights = np.repeat(ages[rows - 1 :: -1] if rows else ages[:0], top_k)
+        weights = np.repeat(ages[:rows][::-1], top_k)
         heat *= ages[rows]
         heat += np.bincount(ids.reshape(-1), weights, minlength=len(heat))
 

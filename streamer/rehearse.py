@@ -76,9 +76,8 @@ class Rehearsal:
                 run.foresight.use(sources)
                 named = named or bool(sources)
         self._open = tuple(w for w in WAYS if w != "guess" or (named and not self._chosen))
-        self._last: tuple[int, Way, float, float, int, int, int] | None = (
-            None  # how the last pass began
-        )
+        # how the last pass began
+        self._last: tuple[int, Way, float, float, int, int, int] | None = None
         self._count = len(layers)
         self._running = False
         self._begun: set[int] = set()  # rows of passes that there were

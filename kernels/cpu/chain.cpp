@@ -37,19 +37,25 @@ mx::array brought(
       turn.cache->bring(turn.layer, ids.data<int32_t>(), rows, k, slots.data<int32_t>(), coming),
       "chain: a router chose no experts, or more than the pool holds");
   for (Coming& one : coming) {
-    arrivals.push_back(
-        {std::move(one.pairs), [reads = turn.cache->reads(), batch = one.batch, &waited] {
-           const auto began = std::chrono::steady_clock::now();
-           while (!reads->wait(*batch, 1)) {
-           }
-           const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
-           waited += took.count();
-         }});
+    auto wait = [reads = turn.cache->reads(), batch = std::move(one.batch)] {
+      while (!reads->wait(*batch, 1)) {
+      }
+    };
+    arrivals.push_back({std::move(one.pairs), counted(std::move(wait), waited)});
   }
   return slots;
 }
 
 } // namespace
+
+std::function<void()> counted(std::function<void()> wait, double& waited) {
+  return [wait = std::move(wait), &waited] {
+    const auto began = std::chrono::steady_clock::now();
+    wait();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+    waited += took.count();
+  };
+}
 
 std::vector<Arrays> go_on(
     std::vector<Turn> turns,

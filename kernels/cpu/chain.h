@@ -10,6 +10,9 @@
 
 namespace streamer {
 
+// wait, its seconds added to `waited`, which must outlive it.
+std::function<void()> counted(std::function<void()> wait, double& waited);
+
 // A segment's turn: its call without inputs, and where the experts lie that its router chooses from:
 // a layer of a cache, or slots, -1 where one is absent. Without either it is the last to run.
 struct Turn {

@@ -1,8 +1,6 @@
 // kernels.native: segments one after another, without Python in between.
 #include <nanobind/ndarray.h>
 
-#include <chrono>
-
 #include "chain.h"
 #include "computing.h"
 #include "python.h"
@@ -25,13 +23,7 @@ using Cached = std::tuple<streamer::ExpertCache*, int>;
 std::vector<streamer::Arrival> waits_of(const std::vector<ArrivalOf>& arrivals, double& waited) {
   std::vector<streamer::Arrival> waits;
   for (const auto& [pairs, ticket] : arrivals) {
-    waits.push_back({pairs, [wait = ticket->waiting(), &waited] {
-                       const auto began = std::chrono::steady_clock::now();
-                       wait();
-                       const std::chrono::duration<double> took =
-                           std::chrono::steady_clock::now() - began;
-                       waited += took.count();
-                     }});
+    waits.push_back({pairs, streamer::counted(ticket->waiting(), waited)});
   }
   return waits;
 }
@@ -95,6 +87,7 @@ void bind_chain(nb::module_& m) {
       "Segments in a row, at once, up to the first whose router chose an absent expert. states: the "
       "states, offset and fresh of each; slots: for each but the last int32 [experts], -1 where one "
       "is absent, None to stop there; arrivals: (pairs, ticket) of the first one's experts that are "
-      "still being read; caches: in place of slots an ExpertCache and its layer, for each. Gives what each that ran gave, what all but the last of them chose, int32 "
-      "[n, T, k] (none of a cache's), and the seconds waited.");
+      "still being read; caches: in place of slots an ExpertCache and its layer, for each. Gives what "
+      "each that ran gave, what all but the last of them chose, int32 [n, T, k] (none of a cache's), and "
+      "the seconds waited.");
 }

@@ -2,8 +2,8 @@
 // streamer.lrfu do, to the bit, on their own arrays.
 #pragma once
 
-#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "moe.h"

@@ -6,24 +6,12 @@
 // x = unit * (2^16 h + 2^8 m + l). Products of bytes are summed exactly, so the only roundings are
 // that of x, to 2^-23 of a lane's largest, and those of the lanes' sums.
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include "rows.h"
-#include "unpack.h"
+#include "bytes_arm.h"
 
 namespace streamer {
 
 #if defined(__ARM_FEATURE_DOTPROD)
 namespace {
-
-using F = float32x4_t;
-constexpr int W = 4;
-
-enum class Kind { nibbles, fp4, bytes };
-
-bool known(const Matrix& A) {
-  return A.format == Format::mxfp4 || (A.format == Format::affine && (A.bits == 4 || A.bits == 8));
-}
 
 // Of a row of x a block is the digits h of what meets each vector of weights, then m, l and units.
 struct Layout {
@@ -177,24 +165,6 @@ void pack_rows(const Matrix& A, int M, const float* const* x, float* out) {
   }
 }
 
-// Scales (or biases) from `index` on as floats, zeros up to `room`.
-inline void widen(
-    const void* from, Scale type, int64_t index, int64_t count, int64_t room, float* to) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
-    if (type == Scale::f32) {
-      vst1q_f32(to + i, vld1q_f32(static_cast<const float*>(from) + index + i));
-      continue;
-    }
-    const uint16x4_t half = vld1_u16(static_cast<const uint16_t*>(from) + index + i);
-    vst1q_f32(
-        to + i, type == Scale::f16 ? vcvt_f32_f16(vreinterpret_f16_u16(half))
-                                   : vreinterpretq_f32_u32(vshll_n_u16(half, 16)));
-  }
-  for (; i < count; ++i) to[i] = wide(from, type, index + i);
-  for (; i < room; ++i) to[i] = 0.0f;
-}
-
 // y[m][n + r] for R output rows.
 template <Kind kind, int V, int R, int M>
 inline __attribute__((always_inline)) void tile(
@@ -213,8 +183,10 @@ inline __attribute__((always_inline)) void tile(
       for (int64_t g = 0; g < L.G; ++g) s[g] = half_power(exponents[g]);
       continue;
     }
-    widen(A.scales, A.scale, (n + r) * L.G, L.G, room, s);
-    widen(A.biases, A.scale, (n + r) * L.G, L.G, room, b);
+    for (int64_t g = 0; g < room; g += W) {
+      vst1q_f32(s + g, widen(A.scales, A.scale, (n + r) * L.G + g, L.G - g));
+      vst1q_f32(b + g, widen(A.biases, A.scale, (n + r) * L.G + g, L.G - g));
+    }
     const float* of_x = packed + M * L.blocks * bytes / 4;
     for (int64_t g = 0; g < room; g += W) {
       const F whole_bias = kind == Kind::bytes
@@ -263,16 +235,6 @@ void run_rows(
   for (; n < end; ++n) tile<kind, V, 1, M>(A, L, packed, scratch, y, n);
 }
 
-// f<kind, V>() of a matrix.
-template <class Do>
-inline void by_kind(const Matrix& A, Do f) {
-  if (A.format == Format::mxfp4) return f.template operator()<Kind::fp4, 2>();
-  if (A.bits == 8 && A.group < 64) return f.template operator()<Kind::bytes, 2>();
-  if (A.bits == 8) return f.template operator()<Kind::bytes, 4>();
-  if (A.group < 64) return f.template operator()<Kind::nibbles, 2>();
-  f.template operator()<Kind::nibbles, 4>();
-}
-
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_neon().packed(A, M);
   const Layout L(A);
@@ -285,44 +247,24 @@ int64_t scratch(const Matrix& A) {
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
   if (!known(A)) return rows_neon().pack(A, M, x, out);
-  by_kind(A, [&]<Kind kind, int V>() { pack_rows<kind, V>(A, M, x, out); });
+  by_kind<16>(A, [&]<Kind kind, int V>() { pack_rows<kind, V>(A, M, x, out); });
 }
 
 void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_neon().run(A, M, packed, scratch, y, begin, end);
-  by_kind(A, [&]<Kind kind, int V>() {
+  by_kind<16>(A, [&]<Kind kind, int V>() {
     by_rows(M, [&](auto rows) {
       run_rows<kind, V, rows.value>(A, packed, scratch, y, begin, end);
     });
   });
 }
 
-void swiglu(float* gate, const float* up, int64_t count) {
-  rows_neon().swiglu(gate, up, count);
-}
-
-void silu(float* x, int64_t count) {
-  rows_neon().silu(x, count);
-}
-
-constexpr int apart = 16; // independent sums of bytes; three products of bytes make one of a weight
-
 float peak(int rounds, int start) {
-  int8x16_t w = vdupq_n_s8(static_cast<int8_t>(start));
-  const int8x16_t x = vdupq_n_s8(3);
-  int32x4_t sums[apart];
-#pragma GCC unroll 16
-  for (int i = 0; i < apart; ++i) sums[i] = vdupq_n_s32(start + i);
-  for (int round = 0; round < rounds; ++round) {
-#pragma GCC unroll 16
-    for (int i = 0; i < apart; ++i) sums[i] = vdotq_s32(sums[i], w, x);
-    asm volatile("" : "+w"(w)); // or rounds would be added up
-  }
-#pragma GCC unroll 16
-  for (int i = 1; i < apart; ++i) sums[0] = vaddq_s32(sums[0], sums[i]);
-  return static_cast<float>(vaddvq_s32(sums[0]));
+  return peak_of(rounds, start, [](int32x4_t sum, int8x16_t w, int8x16_t x) {
+    return vdotq_s32(sum, w, x);
+  });
 }
 
 } // namespace

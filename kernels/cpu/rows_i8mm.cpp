@@ -7,25 +7,14 @@
 // of bytes are summed exactly, so the only roundings are that of x, to 2^-23 of a block's largest,
 // and those of the blocks' sums. A lone row, of either side, goes with one that nobody asks for.
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-#include "rows.h"
-#include "unpack.h"
+#include "bytes_arm.h"
 
 namespace streamer {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 namespace {
 
-using F = float32x4_t; // of rows n and n + 1 by m and m + 1
-constexpr int W = 4;
 constexpr int R = 4; // output rows of a tile
-
-enum class Kind { nibbles, fp4, bytes };
-
-bool known(const Matrix& A) {
-  return A.format == Format::mxfp4 || (A.format == Format::affine && (A.bits == 4 || A.bits == 8));
-}
 
 // Two rows of x are packed to, for each block, h of both, eight columns in turns, then m, l and both
 // units; behind them both sums by group.
@@ -170,19 +159,6 @@ void pack_rows(const Matrix& A, int M, const float* const* x, float* out) {
   }
 }
 
-// Four scales (or biases) as floats, zeros after the last.
-inline F widen(const void* from, Scale type, int64_t index, int64_t count) {
-  if (count < W) {
-    float few[W] = {};
-    for (int64_t i = 0; i < count; ++i) few[i] = wide(from, type, index + i);
-    return vld1q_f32(few);
-  }
-  if (type == Scale::f32) return vld1q_f32(static_cast<const float*>(from) + index);
-  const uint16x4_t half = vld1_u16(static_cast<const uint16_t*>(from) + index);
-  return type == Scale::f16 ? vcvt_f32_f16(vreinterpret_f16_u16(half))
-                            : vreinterpretq_f32_u32(vshll_n_u16(half, 16));
-}
-
 // Of two output rows from group `first` and `second` on: each twice, group after group.
 inline void widen_both(
     const Matrix& A, const void* from, int64_t first, int64_t second, int64_t G, float* to) {
@@ -290,16 +266,6 @@ void run_rows(
   }
 }
 
-// f<kind, C>() of a matrix.
-template <class Do>
-inline void by_kind(const Matrix& A, Do f) {
-  if (A.format == Format::mxfp4) return f.template operator()<Kind::fp4, 4>();
-  if (A.bits == 8 && A.group < 64) return f.template operator()<Kind::bytes, 4>();
-  if (A.bits == 8) return f.template operator()<Kind::bytes, 8>();
-  if (A.group < 64) return f.template operator()<Kind::nibbles, 4>();
-  f.template operator()<Kind::nibbles, 8>();
-}
-
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_neon().packed(A, M);
   const Layout L(A);
@@ -312,44 +278,24 @@ int64_t scratch(const Matrix& A) {
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
   if (!known(A)) return rows_neon().pack(A, M, x, out);
-  by_kind(A, [&]<Kind kind, int C>() { pack_rows<kind, C>(A, M, x, out); });
+  by_kind<8>(A, [&]<Kind kind, int C>() { pack_rows<kind, C>(A, M, x, out); });
 }
 
 void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_neon().run(A, M, packed, scratch, y, begin, end);
-  by_kind(A, [&]<Kind kind, int C>() {
+  by_kind<8>(A, [&]<Kind kind, int C>() {
     by_rows(M, [&](auto rows) {
       run_rows<kind, C, rows.value>(A, packed, scratch, y, begin, end);
     });
   });
 }
 
-void swiglu(float* gate, const float* up, int64_t count) {
-  rows_neon().swiglu(gate, up, count);
-}
-
-void silu(float* x, int64_t count) {
-  rows_neon().silu(x, count);
-}
-
-constexpr int apart = 16; // independent sums of bytes; three products of bytes make one of a weight
-
 float peak(int rounds, int start) {
-  int8x16_t w = vdupq_n_s8(static_cast<int8_t>(start));
-  const int8x16_t x = vdupq_n_s8(3);
-  int32x4_t sums[apart];
-#pragma GCC unroll 16
-  for (int i = 0; i < apart; ++i) sums[i] = vdupq_n_s32(start + i);
-  for (int round = 0; round < rounds; ++round) {
-#pragma GCC unroll 16
-    for (int i = 0; i < apart; ++i) sums[i] = vmmlaq_s32(sums[i], w, x);
-    asm volatile("" : "+w"(w)); // or rounds would be added up
-  }
-#pragma GCC unroll 16
-  for (int i = 1; i < apart; ++i) sums[0] = vaddq_s32(sums[0], sums[i]);
-  return static_cast<float>(vaddvq_s32(sums[0]));
+  return peak_of(rounds, start, [](int32x4_t sum, int8x16_t w, int8x16_t x) {
+    return vmmlaq_s32(sum, w, x);
+  });
 }
 
 } // namespace
