@@ -39,7 +39,7 @@ class Serving(Protocol):
         """A pass over rows came to its last layer; seconds waited. Raises where a read failed."""
 
     def lost(self) -> None:
-        """The pass ended otherwise."""
+        """The pass ended otherwise, begun here or not."""
 
 
 class Pager(Protocol):
@@ -256,9 +256,14 @@ class Pages:
         """As `Row`'s, but evaluated. The caches hold what they held if it raises."""
         shape = inputs[0].shape
         states = [row.states(shape, cache) for row in self._rows]
-        gave = self._served(inputs, states, tape is not None)
-        if gave is None:
-            gave = self._asked(inputs, states, tape is not None)
+        try:
+            gave = self._served(inputs, states, tape is not None)
+            if gave is None:
+                gave = self._asked(inputs, states, tape is not None)
+        except BaseException:
+            for serving in self._last:
+                serving.lost()
+            raise
         for row, out, given in zip(self._rows, gave, states, strict=True):
             last = row.taken(out, given, shape[1], cache, tape)
         return last
@@ -274,12 +279,7 @@ class Pages:
         if any(one is None for one in made.values()):
             return None
         caches = [(made[pager.serving], pager.layer) for pager in self._pagers]
-        try:
-            gave, _, waited = native.go_on(self._ops, states, inputs, [], taped, (), caches)
-        except BaseException:
-            for serving in made:
-                serving.lost()
-            raise
+        gave, _, waited = native.go_on(self._ops, states, inputs, [], taped, (), caches)
         rows = inputs[0].shape[1]
         for serving, layer in self._last.items():
             serving.end(layer, rows, waited)

@@ -84,9 +84,9 @@ class Serving:
             raise run.store.native.error(*failed.error())
 
     def lost(self) -> None:
-        """The pass ended otherwise."""
-        assert self._made is not None
-        self._made[1].wait()
+        """The pass ended otherwise, begun here or not: no expert is known to be whole."""
+        if self._made is not None:
+            self._made[1].wait()
         self._run.abandon()
 
     def _make(self, pool: Lrfu) -> Any | None:

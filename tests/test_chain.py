@@ -286,6 +286,32 @@ def test_a_served_pass_ends_where_a_read_fails(tiny_qwen: Path, tmp_path: Path) 
     whole.streamer.close()
 
 
+def test_an_interrupted_pass_leaves_no_expert_that_has_not_come(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_streamed(tiny_qwen)
+    model = load_streamed(tiny_qwen, slots=24, disk=Disk.parse("20MB/s@200ms"))
+    ask(model, at_each=False)
+    native: Any = backend.native()
+    go_on = native.go_on
+
+    def interrupted(*args: Any) -> Any:
+        if args[5]:  # experts have been asked for
+            raise KeyboardInterrupt
+        return go_on(*args)
+
+    cache, other = make_prompt_cache(model), make_prompt_cache(whole)
+    monkeypatch.setattr(native, "go_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(mx.array([[7]]), cache=cache)
+    monkeypatch.undo()
+    # made again, it asks for the experts that were on their way
+    got, want = model(mx.array([[7]]), cache=cache), whole(mx.array([[7]]), cache=other)
+    assert mx.array_equal(got, want)
+    model.streamer.close()
+    whole.streamer.close()
+
+
 def test_a_layer_that_is_not_there_ends_a_served_pass(
     tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
