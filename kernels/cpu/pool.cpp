@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #ifdef __linux__
@@ -54,7 +55,7 @@ int from_environment(const char* name, int otherwise) {
 class Pool {
  public:
   void run(int tasks, void (*body)(void*, int), void* context, int helpers) {
-    while (started_ < helpers) start();
+    helpers = started(helpers);
     const uint64_t generation = ++loops_ & 0xffffffffu;
     if (helpers + 1 > ranges_) ranges_ = helpers + 1;
     // Closed before the body changes: a worker still looking at the last loop can take nothing.
@@ -88,10 +89,16 @@ class Pool {
     return static_cast<uint32_t>(int64_t(tasks) * range / (helpers + 1));
   }
 
-  void start() {
-    int index = started_++;
-    uint32_t seen = generation_.load();
-    std::thread([this, index, seen] { loop(index, seen); }).detach();
+  // As many of them as this process may have.
+  int started(int helpers) {
+    try {
+      for (; started_ < helpers; ++started_) {
+        std::thread([this, index = started_, seen = generation_.load()] { loop(index, seen); }).detach();
+      }
+    } catch (const std::system_error&) {
+      return started_;
+    }
+    return helpers;
   }
 
   // The tasks of a generation that are left, from range `own` on.

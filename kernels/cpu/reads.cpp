@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <system_error>
 
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -147,9 +148,7 @@ std::shared_ptr<ReadBatch> Reads::submit(
     return batch;
   }
   if (batch->runs.empty()) return batch;
-  while (static_cast<int>(threads_.size()) < options_.threads) {
-    threads_.emplace_back([this, log = &logs_.emplace_back()] { work(*log); });
-  }
+  start();
   batch->number = numbers_++;
   batch->queued = true;
   if (guess) {
@@ -159,6 +158,18 @@ std::shared_ptr<ReadBatch> Reads::submit(
   }
   batch->runs.size() > 1 ? work_.notify_all() : work_.notify_one();
   return batch;
+}
+
+// As many threads as this process may have, one at least.
+void Reads::start() {
+  try {
+    while (!all_ && static_cast<int>(threads_.size()) < options_.threads) {
+      threads_.emplace_back([this, log = &logs_.emplace_back()] { work(*log); });
+    }
+  } catch (const std::system_error&) {
+    if (threads_.empty()) throw;
+  }
+  all_ = true;
 }
 
 bool Reads::wait(ReadBatch& batch, double seconds) {

@@ -105,6 +105,7 @@ class Reads {
     std::vector<ReadLog> rows;
   };
 
+  void start();
   void work(Log& log);
   bool take(Job& job);
   int read(const ReadRun& run, std::vector<char>& bounce, size_t& asked);
@@ -122,7 +123,7 @@ class Reads {
   size_t guessing_ = 0;
   uint64_t numbers_ = 0;
   double free_at_ = 0;
-  bool stopped_ = false;
+  bool all_ = false, stopped_ = false;  // all_: of the threads that there can be
 };
 
 }  // namespace streamer
