@@ -353,6 +353,19 @@ def test_what_does_not_fit_a_chain_is_refused(tiny_qwen: Path) -> None:
     model.streamer.close()
 
 
+@pytest.mark.parametrize("wrong", ["heat", "held", "turns"])
+def test_a_cache_takes_no_copies_for_the_pools_own_arrays(tiny_qwen: Path, wrong: str) -> None:
+    model = load_streamed(tiny_qwen, slots=24)
+    (run,) = model.streamer.executors
+    pool: Any = run.pool
+    assert run.serving._make(pool) is not None
+    kept = pool.arrays()
+    pool.arrays = lambda: {**kept, wrong: kept[wrong].astype(np.float32)}
+    with pytest.raises(TypeError):
+        run.serving._make(pool)
+    model.streamer.close()
+
+
 def test_at_three_quarters_a_pass_stops_less_than_three_times() -> None:
     """DESIGN section 4's bar, of 8 layers, by the embedded demo, where passes are not served."""
     model: Any = load_streamed(DEMO, slots=expert_count(DEMO) * 3 // 4, dtype="auto")

@@ -64,8 +64,10 @@ void bind_expert_cache(nb::module_& m) {
                 reads.reads, std::move(all), std::move(rows), state,
                 {std::move(ages), share, never, wave});
           },
-          "reads"_a, nb::kw_only(), "layers"_a, "tensors"_a, "heat"_a, "uses"_a, "held"_a, "spare"_a,
-          "spares"_a, "resident"_a, "turns"_a, "ages"_a, "share"_a, "never"_a, "wave"_a,
+          "reads"_a, nb::kw_only(), "layers"_a.noconvert(), "tensors"_a.noconvert(),
+          "heat"_a.noconvert(), "uses"_a.noconvert(), "held"_a.noconvert(), "spare"_a.noconvert(),
+          "spares"_a.noconvert(), "resident"_a.noconvert(), "turns"_a.noconvert(), "ages"_a, "share"_a,
+          "never"_a, "wave"_a,
           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
           nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(),
           nb::keep_alive<1, 9>(), nb::keep_alive<1, 10>(), nb::keep_alive<1, 11>(),
