@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+# one process a core; a file's tests stay in one, since they share what they set up
+SIDE_BY_SIDE = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile")
 STEPS = (
-    ("pytest", "-m", "smoke", "-x"),
+    ("pytest", "-m", "smoke", "-x", *SIDE_BY_SIDE),
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("pytest", "-m", "not smoke"),
+    ("pytest", "-m", "not smoke and not timed", *SIDE_BY_SIDE),
+    ("pytest", "-m", "not smoke and timed"),
 )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import email
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -19,6 +21,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["STREAMER_HEAT"] = "off"  # what one test leaves must not be there for the next
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: not all cores for each
+    os.environ.setdefault("STREAMER_THREADS", "2")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for every process begun by a test
 
 from kernels import fast
 
@@ -35,11 +41,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"building a wheel needs {' and '.join(missing)}")
     if int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         pytest.skip("building a wheel needs setuptools 77")
-    folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
-    shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    offline = ("--no-deps", "--no-index", "--no-build-isolation")
-    pip("wheel", *offline, "-w", folder, folder / "source")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one for all that run side by side
+        shared = shared.parent
+    folder = shared / "wheel"
+    with open(shared / "wheel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+            shutil.copytree(ROOT, folder / "source", ignore=ignored, dirs_exist_ok=True)
+            offline = ("--no-deps", "--no-index", "--no-build-isolation")
+            pip("wheel", *offline, "-w", folder, folder / "source")
     return next(folder.glob("*.whl"))
 
 

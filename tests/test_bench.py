@@ -122,6 +122,7 @@ def test_a_run_ends_in_one_json_line(
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_quick_ends_within_a_minute() -> None:
     """Of processor time, all its processes together: less than a minute by the clock on a machine
     that does nothing else, whatever this one does."""

@@ -12,6 +12,8 @@ from streamer.disk import Disk
 from streamer.errors import UsageError
 from streamer.store import Piece, Store
 
+pytestmark = pytest.mark.timed
+
 FILE = 8 << 20
 
 

@@ -25,6 +25,8 @@ from streamer.run import DEMO
 from streamer.timeline import timeline
 from tools import inflate
 
+pytestmark = pytest.mark.timed
+
 TOKENS = np.random.default_rng(3).integers(5, 900, 60).tolist()
 
 

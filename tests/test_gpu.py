@@ -135,6 +135,7 @@ def config() -> qwen3_5.TextModelArgs:
     )
 
 
+@pytest.mark.timed
 def test_faster_is_told_from_slower() -> None:
     small, large = mx.zeros((4, 4)), mx.random.normal((600, 600))
     assert gpu.faster((a + 1 for a in repeat(small)), (a @ a for a in repeat(large)))

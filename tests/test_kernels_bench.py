@@ -12,7 +12,10 @@ import pytest
 
 from kernels import backend, bench
 
-pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
+pytestmark = [
+    pytest.mark.skipif(not backend.available(), reason="the extension does not run here"),
+    pytest.mark.timed,
+]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from streamer.ways import EXECUTORS
 from tools.inflate import main as inflate
 
 pytestmark = [
+    pytest.mark.timed,
     pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]

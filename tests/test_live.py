@@ -23,6 +23,8 @@ import pytest
 
 from streamer import live
 
+pytestmark = pytest.mark.timed
+
 ROWS, COLUMNS = 30, 160
 COMMAND = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", "def main("]
 

@@ -15,6 +15,8 @@ from streamer.errors import StreamerError, UsageError
 from streamer.probe import AMPLE, TIGHT, Measurement, Way, choose_backend, measure
 from streamer.store import Store
 
+pytestmark = pytest.mark.timed
+
 MB = 1 << 20
 
 

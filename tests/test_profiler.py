@@ -24,6 +24,8 @@ from streamer.replay import replay
 from streamer.run import DEMO
 from tools import inflate
 
+pytestmark = pytest.mark.timed
+
 TOKENS = np.random.default_rng(4).integers(5, 900, 40).tolist()
 MB = 1 << 20
 

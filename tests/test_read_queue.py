@@ -17,6 +17,8 @@ from streamer.errors import StreamerError
 from streamer.read_queue import Guess, ReadQueue
 from streamer.store import CHUNK_MIN, Piece, Store
 
+pytestmark = pytest.mark.timed
+
 SIZE = 8 << 20
 
 

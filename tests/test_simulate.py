@@ -192,6 +192,7 @@ def test_the_table_says_that_it_is_simulated(
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_live_runs_lie_within_15_percent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

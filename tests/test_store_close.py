@@ -15,6 +15,8 @@ from streamer.disk import Disk
 from streamer.errors import StreamerError
 from streamer.store import BACKENDS, Store
 
+pytestmark = pytest.mark.timed
+
 files = stores.files
 python_reads = stores.python_reads
 
