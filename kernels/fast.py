@@ -19,11 +19,14 @@ import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 
 from kernels import backend, blocks
+from kernels.query_blocks import by_blocks
 from kernels.qwen import KEY_WIDTHS, frequencies
 from kernels.weights import float32, form_of
 
 # What is replaced: (where, name). Looked up by MLX's layers and mlx-lm's models at each call.
+_LONG: tuple[tuple[Any, str], ...] = ((mx.fast, "scaled_dot_product_attention"),)
 _PLACES: tuple[tuple[Any, str], ...] = (
+    *_LONG,
     (mx, "quantized_matmul"),
     (mx, "gather_qmm"),
     (mx, "dequantize"),
@@ -31,7 +34,6 @@ _PLACES: tuple[tuple[Any, str], ...] = (
     (mx, "logsumexp"),
     (mx.fast, "rms_norm"),
     (mx.fast, "rope"),
-    (mx.fast, "scaled_dot_product_attention"),
     (gated_delta, "gated_delta_ops"),
 )
 _mlx: dict[str, Callable[..., Any]] = {name: getattr(place, name) for place, name in _PLACES}
@@ -39,19 +41,19 @@ _replaced: list[tuple[Any, str, Any]] = []  # (where, name, what was there), in 
 
 
 def install() -> bool:
-    """Put the replacements in place for this process; False where there are none.
+    """Put the replacements in place for this process; False where the extension does not run.
 
-    Call it once the model's modules are loaded; again, it takes in those loaded since.
+    Then only attention of long prompts is another: see `kernels.query_blocks`. Call it once the
+    model's modules are loaded; again, it takes in those loaded since.
     """
-    if not backend.available():
-        return False
-    wanted = [(place, name, globals()[name]) for place, name in _PLACES]
-    for place, name, function in [*wanted, *blocks.places()]:
+    works = backend.available()
+    wanted = [(place, name, globals()[name]) for place, name in (_PLACES if works else _LONG)]
+    for place, name, function in [*wanted, *(blocks.places() if works else [])]:
         before = vars(place)[name]
         if before is not function:
             _replaced.append((place, name, before))
             setattr(place, name, function)
-    return True
+    return works
 
 
 def uninstall() -> None:
@@ -210,7 +212,8 @@ def scaled_dot_product_attention(
     causal = isinstance(mask, str)
     array = mask if isinstance(mask, mx.array) else None
     shared = array is None or array.size == q.shape[2] * k.shape[2]
-    if shared and not options and float32(q, k, v, sinks) and q.shape[2] <= k.shape[2]:
+    fits = shared and not options and q.shape[2] <= k.shape[2]
+    if fits and float32(q, k, v, sinks) and backend.available():
         bias = None
         if array is not None:
             bias = array.reshape(q.shape[2], k.shape[2])
@@ -219,9 +222,8 @@ def scaled_dot_product_attention(
             return backend.native().attention(  # type: ignore[union-attr]
                 q, k, v, scale=scale, causal=causal, bias=bias, sinks=sinks
             )
-    return _mlx["scaled_dot_product_attention"](
-        q, k, v, scale=scale, mask=mask, sinks=sinks, **options
-    )
+    mlx = _mlx["scaled_dot_product_attention"]
+    return by_blocks(mlx, q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 
 def gated_delta_ops(

@@ -12,17 +12,26 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from kernels import fast
+from kernels import backend, fast
+from kernels.query_blocks import COPIES, SCORES
 
 from .errors import BudgetError, UsageError
 from .experts import ExpertFormat, held_bytes
 from .footprint import footprint, format_size, parse_size, percentage
 from .kv import CODED, FULL, KVBits
 from .opened import Opened
+from .prefill import MAX_PAIRS
 
 SLACK = 12 << 20  # Python objects, thread stacks and read buffers made after planning
-MAX_CHUNK = 512  # prompt tokens of one prefill pass
+# prompt tokens of one prefill pass: each reads every expert that is absent, once
+MAX_CHUNK = 2048
+RESIDENT_CHUNK = 512  # where none is, which gains nothing by more
 MIN_CHUNK = 16
+# where one of these is set, mlx-lm makes masks of all queries and keys
+WINDOWS = (
+    "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size",
+    "loop_window_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,37 +69,53 @@ class Budget:
         return held + self.workspace + self.pool
 
 
-def chunk_workspace(opened: Opened, chunk: int, context: int, kv_bits: float = FULL) -> int:
+def chunk_workspace(
+    opened: Opened, chunk: int, context: int, kv_bits: float = FULL, *, paged: bool = True
+) -> int:
     """Transient bytes of a pass over `chunk` tokens, free buffers included.
 
     Of one layer, as MLX evaluates layer by layer when it streams, in float32:
-    activations, the gathered rows of its experts, three copies of the attention
-    scores, which the CPU back end materialises, a recurrent state for every token,
-    as mlx-lm's loop over tokens leaves them (the kernel has one before, one after and
-    a copy of each), latent attention's keys and values of every head, what reading and
-    writing coded caches takes, and the old storage of a cache that grows. 1.1 to 1.6
+    activations, what the chosen experts give, twice, and of the pairs that are computed at once
+    what is within an expert (all of them where nothing is paged), attention's scores, a
+    recurrent state for every token, as mlx-lm's loop over tokens leaves them (the kernel has one
+    before, one after and a copy of each), latent attention's keys and values of every head, what
+    reading and writing coded caches takes, and the old storage of a cache that grows. 1.1 to 1.9
     times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
-    heads = opened.text("num_attention_heads", 32)
     inner = opened.text("moe_intermediate_size", opened.text("intermediate_size", hidden))
     vocabulary = opened.text("vocab_size", 32000)
-    row = 3 * (32 * hidden + opened.top_k * (6 * hidden + 4 * inner))
+    pairs = chunk * opened.top_k
+    at_once = min(pairs, MAX_PAIRS) if paged else pairs
+    rows = chunk * 32 * hidden + pairs * 8 * hidden + at_once * (8 * hidden + 12 * inner)
     state = 0 if mx.default_device() == mx.Device(mx.gpu) else opened.state_bytes
     one = fast.keeps_one_state(opened.text("linear_key_head_dim", 0))
     states = 0 if one else 3 * state // 2
+    heads = opened.text("num_attention_heads", 32)
     latent = opened.text("kv_lora_rank", 0)
     width = opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
     expanded = 5 * heads * (latent + width) if opened.cache_row < 4 * heads * width else 0
     return (
-        chunk * (row + 12 * heads * context + states)
+        5 * rows // 4
+        + _scores(opened, chunk, context)
+        + chunk * states
         + (4 if one else 8) * state
         + (expanded * context if latent else 0)
         + (opened.coding_bytes(chunk, context, kv_bits) if chunk else 0)
-        + opened.growth_bytes(context, kv_bits)
+        + 3 * opened.growth_bytes(context, kv_bits) // 2  # MLX lets go of storage a moment later
         + 24 * vocabulary
         + (8 << 20)
     )
+
+
+def _scores(opened: Opened, chunk: int, context: int) -> int:
+    """Bytes of attention's masks and scores: of all queries where a model makes them itself,
+    of a block where MLX does, none where our kernel runs."""
+    made = COPIES * 4 * opened.text("num_attention_heads", 32) * chunk * context
+    if opened.text("kv_lora_rank", 0) or opened.text("index_n_heads", 0):
+        return made
+    masks = 9 * chunk * context if any(opened.text(key, 0) for key in WINDOWS) else 0
+    return masks + (0 if backend.available() else min(made, SCORES))
 
 
 def divide(
@@ -136,8 +161,9 @@ def _divide(
 
     share = percentage(memory)
     if share is not None:
-        chunk = _wanted_chunk(opened, context, full, bits)
-        workspace = chunk_workspace(opened, chunk, context, bits)
+        paged = share < 1.0
+        chunk = _wanted_chunk(opened, context, full, bits, paged=paged)
+        workspace = chunk_workspace(opened, chunk, context, bits, paged=paged)
         room = max(floor, int(share * full))
         limit = fixed + workspace + room
     else:
@@ -190,10 +216,14 @@ def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:
     return smallest if memory.strip().lower() == "min" else parse_size(memory)
 
 
-def _wanted_chunk(opened: Opened, context: int, full: int, bits: float = FULL) -> int:
-    """The chunk that costs at most a quarter of the experts, or 64 tokens."""
-    chunk = MAX_CHUNK
-    while chunk > 64 and _growing(opened, chunk, context, bits) > full // 4:
+def _wanted_chunk(
+    opened: Opened, context: int, full: int, bits: float = FULL, *, paged: bool = True
+) -> int:
+    """The chunk that costs at most a quarter of the experts, or 64 tokens; no more than needed."""
+    chunk = MAX_CHUNK if paged else RESIDENT_CHUNK
+    while chunk > 64 and (
+        chunk >= 2 * context or _growing(opened, chunk, context, bits, paged=paged) > full // 4
+    ):
         chunk //= 2
     return chunk
 
@@ -201,21 +231,31 @@ def _wanted_chunk(opened: Opened, context: int, full: int, bits: float = FULL) -
 def _chunk(
     opened: Opened, context: int, room: int, full: int, bits: float = FULL
 ) -> tuple[int, int]:
-    """(tokens per prefill pass, workspace bytes): at most an eighth of what experts could use."""
+    """(tokens per prefill pass, workspace bytes): at most an eighth of what experts could use.
+
+    Or with all experts in memory, where that leaves passes of 64 tokens at least.
+    """
+    chunk = _wanted_chunk(opened, context, full, bits, paged=False)
+    while chunk >= 64:
+        workspace = chunk_workspace(opened, chunk, context, bits, paged=False)
+        if workspace + full <= room:
+            return chunk, workspace
+        chunk //= 2
     chunk = _wanted_chunk(opened, context, full, bits)
     while chunk > MIN_CHUNK:
         workspace = chunk_workspace(opened, chunk, context, bits)
-        modest = _growing(opened, chunk, context, bits) <= room // 8
-        if workspace <= room and (modest or workspace + full <= room):
+        if workspace <= room and _growing(opened, chunk, context, bits) <= room // 8:
             break
         chunk //= 2
     return chunk, chunk_workspace(opened, chunk, context, bits)
 
 
-def _growing(opened: Opened, chunk: int, context: int, bits: float = FULL) -> int:
+def _growing(
+    opened: Opened, chunk: int, context: int, bits: float = FULL, *, paged: bool = True
+) -> int:
     """The part of the workspace that a smaller chunk saves."""
-    whole = chunk_workspace(opened, chunk, context, bits)
-    return whole - chunk_workspace(opened, 0, context, bits)
+    whole = chunk_workspace(opened, chunk, context, bits, paged=paged)
+    return whole - chunk_workspace(opened, 0, context, bits, paged=paged)
 
 
 def _least_slots(opened: Opened, layers: list) -> int:

@@ -10,8 +10,10 @@ one `Generation` per request, closed by dropping the iterator.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +220,11 @@ def prefill(
     on_prompt: Callable[[int, int], None],
     speculation: Speculation | None,
 ) -> None:
-    """Every token but the last, whose pass gives the first logits, from `timing.cached` on."""
+    """Every token but the last, whose pass gives the first logits, from `timing.cached` on.
+
+    on_prompt is told after each layer, in tokens' worth of work. What it raises ends the prompt;
+    the caches are then of no use.
+    """
     streamer: Streamer = model.streamer
     chunk = streamer.budget.chunk
     on_prompt(0, len(tokens))
@@ -226,8 +232,9 @@ def prefill(
         end = timing.cached + min(chunk, left)
         part = tokens[timing.cached : end]
         began = time.perf_counter()
-        model(mx.array(list(part))[None], cache=cache)
-        mx.eval([c.state for c in cache])
+        with _layer_by_layer(streamer, timing.cached, len(part), len(tokens), on_prompt):
+            model(mx.array(list(part))[None], cache=cache)
+            mx.eval([c.state for c in cache])
         if speculation:
             following = mx.array(list(tokens[timing.cached + 1 : end + 1]))
             mx.eval(speculation.prompt(following))
@@ -237,3 +244,23 @@ def prefill(
         streamer.check()
         timing.cached += len(part)
         on_prompt(timing.cached, len(tokens))
+
+
+@contextlib.contextmanager
+def _layer_by_layer(
+    streamer: Streamer, done: int, part: int, total: int, on_prompt: Callable[[int, int], None]
+) -> Iterator[None]:
+    """Tell on_prompt of a pass over `part` tokens as its layers' experts are through."""
+    layers = sum(len(run.layers) for run in streamer.executors)
+    through = itertools.count(1)
+
+    def after() -> None:
+        on_prompt(done + min(part - 1, part * next(through) // layers), total)
+
+    try:
+        for run in streamer.executors:
+            run.after = after
+        yield
+    finally:
+        for run in streamer.executors:
+            run.after = None

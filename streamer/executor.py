@@ -83,6 +83,7 @@ class Executor(Residency):
         # told of a call that waits; if it says so the call takes what is at hand and is made again
         self.meanwhile: Callable[[Executor, int, Asked], bool] | None = None
         self.back: Callable[[], None] | None = None  # told when it is
+        self.after: Callable[[], None] | None = None  # told when a layer's call is done, may raise
         self._asked: dict[int, Asked] = {}
 
     def __call__(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
@@ -91,10 +92,13 @@ class Executor(Residency):
         Raises StreamerError when a read fails; the pool is then empty and usable.
         """
         try:
-            return self._run(layer, inner, x, indices)
+            y = self._run(layer, inner, x, indices)
         except BaseException:
             self.abandon()
             raise
+        if self.after is not None:
+            self.after()
+        return y
 
     def _run(self, layer: int, inner: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         if self.note is not None:
@@ -106,7 +110,7 @@ class Executor(Residency):
                 self.back()
             return self._finish(layer, inner, x, asked)
         if self.pool.covers(layer):  # mlx-lm's own path, no read-back
-            y = self.track(inner(x, self.table(layer)[indices]))
+            y = self.track(prefill.in_parts(inner, x, self.table(layer)[indices]))
             self.covered(layer, indices)
             return y
         known = self.known.pop(layer, None)
@@ -122,7 +126,7 @@ class Executor(Residency):
             if len(misses):
                 return self.track(prefill.walk(self, layer, inner, x, ids, hits, misses))
             self.pool.touch(layer, hits)
-            return self.track(inner(x, self.slots(layer, ids)))
+            return self.track(prefill.in_parts(inner, x, self.slots(layer, ids)))
         there, parts = found
         if not parts:
             self.passed(layer)

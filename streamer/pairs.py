@@ -21,6 +21,8 @@ from mlx_lm.models import switch_layers
 
 from kernels import routed
 
+AT_ONCE = 1 << 20  # numbers of a join that may wait to be evaluated
+
 
 class Pairs:
     """The (row, choice) pairs of a call, computed in any grouping and put back."""
@@ -37,10 +39,14 @@ class Pairs:
         return inner(x, mx.array(table[self._ids[pairs]])[:, None])[:, 0]
 
     def join(self, outputs: list[mx.array], order: np.ndarray) -> mx.array:
-        """[..., k, D] from outputs that stand in `order`."""
+        """[..., k, D] from `outputs` that stand in `order`; the list is empty then."""
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return mx.concatenate(outputs)[mx.array(back)].reshape(self._shape)
+        y = mx.concatenate(outputs)
+        if y.size > AT_ONCE:  # three copies of a long prompt's rows otherwise
+            mx.eval(y)
+        outputs.clear()
+        return y[mx.array(back)].reshape(self._shape)
 
 
 class Groups:

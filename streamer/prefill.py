@@ -87,6 +87,19 @@ def walk(
     return pairs.join(outputs, np.concatenate(order))
 
 
+def in_parts(inner: nn.Module, x: mx.array, slots: mx.array) -> mx.array:
+    """y [..., k, D] of x [..., D] and slots [..., k], all there: `MAX_PAIRS` pairs at a time."""
+    rows = max(1, MAX_PAIRS // slots.shape[-1])
+    if slots.size <= rows * slots.shape[-1]:
+        return inner(x, slots)
+    x, flat = x.reshape(-1, x.shape[-1]), slots.reshape(-1, slots.shape[-1])
+    parts = []
+    for first in range(0, len(flat), rows):
+        parts.append(inner(x[first : first + rows], flat[first : first + rows]))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts).reshape(*slots.shape, -1)
+
+
 def batch_of(pool: SlotPool) -> int:
     """Experts of one scratch batch: a sixteenth of the pool, at most."""
     return max(1, min(SCRATCH_BATCH, pool.slots // 16))

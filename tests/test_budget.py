@@ -16,7 +16,15 @@ from mlx_lm.utils import load_model
 
 from kernels import backend, fast
 from streamer import plan
-from streamer.budget import MIN_CHUNK, SLACK, _chunk, chunk_workspace, divide
+from streamer.budget import (
+    MAX_CHUNK,
+    MIN_CHUNK,
+    RESIDENT_CHUNK,
+    SLACK,
+    _chunk,
+    chunk_workspace,
+    divide,
+)
 from streamer.errors import BudgetError
 from streamer.experts import held_bytes
 from streamer.footprint import parse_size
@@ -182,7 +190,23 @@ def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
         scores = 256 * 16 * 12 * heads
         copied = opened.growth_bytes(512, 16) - opened.growth_bytes(256, 16)
         assert copied == 256 * opened.cache_row
-        assert more == copied + scores + 256 * 5 * heads * (rank + width) * grows
+        assert more == 3 * copied // 2 + scores + 256 * 5 * heads * (rank + width) * grows
+
+
+@pytest.mark.smoke
+def test_passes_over_a_prompt_are_long_where_experts_are_paged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As long as a prompt, and no longer; 512 tokens where everything fits."""
+    monkeypatch.setattr("streamer.budget.footprint", lambda: 100 << 20)
+    opened = open_model(DEMO)
+    monkeypatch.setattr("streamer.budget.held_bytes", lambda fmt: 20 << 20)  # of 320 experts
+    for context, chunk in ((64, 64), (65, 128), (1000, 1024), (5000, MAX_CHUNK)):
+        budget = divide(opened, "3GB", context)
+        assert (budget.resident, budget.chunk) == (False, chunk)
+        assert divide(opened, "50%", context).chunk == chunk
+        whole = divide(opened, "8GB", context)
+        assert (whole.resident, whole.chunk) == (True, min(chunk, RESIDENT_CHUNK))
 
 
 def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:

@@ -101,6 +101,29 @@ def test_prompts_go_in_chunks(tiny: Path) -> None:
     assert max(b - a for a, b in itertools.pairwise(done)) <= chunk < len(prompt)
 
 
+def test_a_prompts_layers_are_told_of_and_may_be_the_last(tiny: Path) -> None:
+    """What on_prompt raises within a pass leaves a model that gives the same tokens."""
+    model = load_streamed(tiny, slots=20)
+    want = tokens_of(model, max_tokens=5)[0]
+    layers, seen = sum(len(run.layers) for run in model.streamer.executors), list[int]()
+
+    class Enough(Exception):
+        pass
+
+    def on_prompt(done: int, total: int) -> None:
+        assert total == len(PROMPT)
+        seen.append(done)
+        if len(seen) == 1 + layers // 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        tokens_of(model, max_tokens=5, on_prompt=on_prompt)
+    assert seen == sorted(seen) and seen[0] == 0 < seen[-1] < len(PROMPT)
+    held = sum(run.pool.resident.sum() for run in model.streamer.executors)
+    assert held > 0 and all(run.after is None for run in model.streamer.executors)
+    assert tokens_of(model, max_tokens=5)[0] == want
+
+
 def test_mlx_lm_generates_with_a_loaded_model(tiny: Path) -> None:
     model, tokenizer = load(tiny, memory="30%", context=128)
     reference, _ = mlx_lm.load(str(tiny))

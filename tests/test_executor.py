@@ -64,6 +64,18 @@ def test_a_prefill_chunk_reads_each_expert_at_most_once(
     assert streamer.counters.misses <= streamer.total
 
 
+@pytest.mark.parametrize("slots", [8, 20, 32])
+def test_a_long_prompts_pairs_go_in_parts(
+    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With experts absent, with all of a layer there, and with no experts missed."""
+    rows = [70, 70, 3]
+    want = run(load_streamed(tiny, slots=slots), rows)
+    monkeypatch.setattr("streamer.prefill.MAX_PAIRS", 16)
+    for expected, got in zip(want, run(load_streamed(tiny, slots=slots), rows), strict=True):
+        assert mx.array_equal(expected, got)
+
+
 def test_prefill_keeps_what_decoding_uses(tiny: Path) -> None:
     model = load_streamed(tiny, slots=16)
     pool = model.streamer.executors[0].pool
