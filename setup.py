@@ -51,6 +51,8 @@ def flags(source: str) -> list[str]:
     part, _, isa = Path(source).stem.partition("_")
     # sources say what is fused (fused.h): compilers differ, and rows would too
     common.append("-ffp-contract=off")
+    # or GCC keeps a loop that chooses between two floats (silu) value by value
+    common.append("-fno-trapping-math")
     common.append("-w" if part in ("rows", *VECTORS) else "-Wall")
     if part in ("rows", *VECTORS):
         common += SETS.get(platform.machine().lower(), {}).get(isa, [])
