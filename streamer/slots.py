@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kernels import pages
+
 from .experts import ExpertFormat, LayerExperts, projections
 from .ranges import Piece, Widening
 from .trace import FILE_SHIFT
@@ -32,9 +34,9 @@ class SlotArrays:
         self.arrays: list[mx.array] = []
         self.rows: list[np.ndarray] = []  # uint8 [slots, held_bytes], same memory
         for tensor in fmt:
-            raw = mx.zeros((slots, tensor.held_bytes), dtype=mx.uint8)
+            raw = pages.zeros(slots, tensor.held_bytes)
             array = raw.view(tensor.held).reshape(slots, *tensor.shape)
-            mx.eval(raw, array)
+            mx.eval(array)
             self.arrays.append(array)
             self.rows.append(np.array(raw, copy=False))
 

@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from kernels import pages
+
 from .errors import CheckpointError
 from .opened import Opened, trunk_parameters
 from .ranges import Widening, widened
@@ -40,6 +42,7 @@ def load_trunk(opened: Opened, progress: Callable[[int], None]) -> None:
         else:
             array = plain(parameter).astype(wide)
         mx.eval(array)
+        pages.move(array)
         # at once: what is stored must not stay while the rest is read
         opened.model.update(tree_unflatten([(path, array)]))
         del parameter

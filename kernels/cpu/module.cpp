@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "logits.h"
+#include "pages.h"
 #include "pool.h"
 #include "python.h"
 #include "step.h"
@@ -60,6 +61,12 @@ NB_MODULE(native, m) {
       &streamer::product_rate,
       "rounds"_a,
       "Multiply-adds of 4-bit weights a second by the products' own instructions, in registers.");
+  m.def(
+      "zeros_on_huge_pages", &streamer::zeros_on_huge_pages, "rows"_a, "bytes"_a,
+      "[rows, bytes] uint8, evaluated.");
+  m.def(
+      "onto_huge_pages", &streamer::onto_huge_pages, "array"_a,
+      "Move what lies in an evaluated array's memory; whether the system did.");
   m.def(
       "linear",
       &streamer::linear,
