@@ -98,8 +98,7 @@ inline __m128 sums_of(const float* a, int64_t apart) {
 // Biases times sums of x: what the sums of an output row begin with.
 template <int M>
 inline __attribute__((always_inline)) void of_biases(
-    const Layout& L, const float* of_x, const float* biases, __m256i rest, float* total) {
-  __m256 sum[M];
+    const Layout& L, const float* of_x, const float* biases, __m256i rest, __m256 (&sum)[M]) {
   for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_ps();
   for (int64_t g = 0; g < L.G; g += W) {
     const __m256 b =
@@ -108,18 +107,23 @@ inline __attribute__((always_inline)) void of_biases(
       sum[m] = _mm256_fmadd_ps(b, _mm256_loadu_ps(of_x + m * L.sums + g), sum[m]);
     }
   }
-  for (int m = 0; m < M; ++m) _mm256_store_ps(total + m * W, sum[m]);
 }
 
-// Blocks [begin, end) of an output row on top of `total`. per: blocks to a group, 0: two groups to
+// Blocks [begin, end) of an output row on top of `total`, or of its biases where it begins. per: blocks to a group, 0: two groups to
 // a block.
 template <class Weights, int M, int per>
 inline __attribute__((always_inline)) void stretch(
-    const Layout& L, const uint8_t* weights, const uint8_t* x, const float* scales, float* total,
-    int64_t begin, int64_t end, int64_t ahead) {
+    const Layout& L, const uint8_t* weights, const uint8_t* x, const float* of_x,
+    const float* scales, const float* biases, __m256i rest, float* total, int64_t begin,
+    int64_t end, int64_t ahead) {
   constexpr bool held = M <= 4; // more don't fit into registers beside the weights
   __m256 sum[M];
-  for (int m = 0; m < M && held; ++m) sum[m] = _mm256_load_ps(total + m * W);
+  if (begin == 0) {
+    of_biases<M>(L, of_x, biases, rest, sum);
+    for (int m = 0; m < M && !held; ++m) _mm256_store_ps(total + m * W, sum[m]);
+  } else {
+    for (int m = 0; m < M && held; ++m) sum[m] = _mm256_load_ps(total + m * W);
+  }
   weights += begin * Weights::bytes;
   x += begin * M * block_bytes;
   auto block = [&](int64_t k, bool part) __attribute__((always_inline)) {
@@ -172,9 +176,6 @@ void run_rows(
   const float* bias = widened(A.biases, A.scale, begin * L.G, scales, room + scales);
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(L.G % W)), lane);
-  for (int64_t r = 0; r < count; ++r) {
-    of_biases<M>(L, of_x, bias + r * L.G, rest, total + r * M * W);
-  }
   const auto* weights = static_cast<const uint8_t*>(A.w) + begin * row_bytes;
   const int64_t blocks = stretch_bytes / (M * block_bytes) / 2 * 2;
   const int64_t rows_ahead =
@@ -184,7 +185,8 @@ void run_rows(
     const int64_t to = k + blocks < L.blocks ? k + blocks : L.blocks;
     for (int64_t r = 0; r < count; ++r) {
       stretch<Weights, M, per>(
-          L, weights + r * row_bytes, x, scale + r * L.G, total + r * M * W, k, to, ahead);
+          L, weights + r * row_bytes, x, of_x, scale + r * L.G, bias + r * L.G, rest,
+          total + r * M * W, k, to, ahead);
     }
   }
   for (int m = 0; m < M; ++m) {
