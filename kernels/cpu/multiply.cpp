@@ -13,7 +13,7 @@ namespace {
 // another thread costs more than it saves.
 constexpr int64_t task_bytes = 64 << 10;
 constexpr int64_t tasks_each = 8;
-constexpr int64_t parallel_work = 1 << 18;
+constexpr int64_t parallel_work = 1 << 17;
 
 int64_t row_bytes(const Matrix& A) {
   return std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
