@@ -19,17 +19,16 @@ A rejection is corrected from the row at hand, without another pass.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import greedy_sampler, make_sampler
+from mlx_lm.sample_utils import greedy_sampler
 
 from kernels import backend
+from kernels.sampling import NumpySampler, Sampler, draw, parts_of
 
-Sampler = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> token [1]
 Filter = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> the same, some -inf
 
 # logits nearer than this share of the larger may change places with the rows of a pass
@@ -111,7 +110,47 @@ class Residual:
         return mx.softmax(logprobs * (1.0 / self._temperature), axis=-1, precise=True)
 
 
-Rule = Shared | Residual
+class Sparse:
+    """`Residual` on the tokens alone that the filters of a sampler in NumPy leave."""
+
+    greedy = False
+    pending: Sequence[mx.array] = ()
+
+    def __init__(self, sampler: NumpySampler):
+        self._sampler = sampler
+        self._q: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def begin(self) -> None:
+        self._q = []
+
+    def draft(self, logprobs: mx.array) -> mx.array:
+        tokens, chances = self._sampler.distribution(logprobs)
+        self._q.append((tokens, chances))
+        return mx.array(tokens[draw(chances)][None], dtype=mx.uint32)
+
+    def accept(self, drafts: mx.array, rows: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        p, q = [self._sampler.distribution(row) for row in rows], self._q[: drafts.size]
+        some = np.zeros(rows[0].size, np.bool_)
+        for tokens, _ in (*p, *q):
+            some[tokens] = True
+        known = np.flatnonzero(some)  # what any row may say
+        column = np.searchsorted(known, np.array(drafts)).astype(np.int32)
+        stand, columns = accept(_spread(p, known), _spread(q, known), mx.array(column))
+        return stand, mx.array(known[np.array(columns)], dtype=drafts.dtype)
+
+    def end(self, emitted: int) -> None:
+        """The generator has no place to go back to."""
+
+
+def _spread(rows: Sequence[tuple[np.ndarray, np.ndarray]], known: np.ndarray) -> mx.array:
+    """Tokens and their probabilities of each row -> those of the tokens known: [rows, known]."""
+    out = np.zeros((len(rows), len(known)), np.float32)
+    for row, (tokens, chances) in zip(out, rows, strict=True):
+        row[np.searchsorted(known, tokens)] = chances
+    return mx.array(out)
+
+
+Rule = Shared | Residual | Sparse
 
 
 class Likeliest(NamedTuple):
@@ -146,6 +185,8 @@ def rule_for(sampler: Sampler, *, seeded: bool) -> Rule:
     """The rule that accepts most; seeded: of those that give plain decoding's tokens."""
     if sampler is greedy_sampler:
         return Shared(sampler, noise=False)
+    if isinstance(sampler, NumpySampler) and not seeded:
+        return Sparse(sampler)
     known = None if seeded else filters_of(sampler)
     return Shared(sampler) if known is None else Residual(*known)
 
@@ -155,15 +196,10 @@ def filters_of(sampler: Sampler) -> tuple[Sequence[Filter], float] | None:
 
     None for any other, and for XTC, whose filter is itself random.
     """
-    if getattr(sampler, "__qualname__", "") != f"{make_sampler.__qualname__}.<locals>.sampler":
+    known = parts_of(sampler)
+    if known and any("apply_xtc" in f.__code__.co_names for f in known[0]):
         return None
-    inside: dict[str, Any] = dict(inspect.getclosurevars(sampler).nonlocals)
-    filters, temperature = inside.get("sampling_methods"), inside.get("temp")
-    if filters is None or temperature is None:
-        return None
-    if any("apply_xtc" in f.__code__.co_names for f in filters):
-        return None
-    return filters, temperature
+    return known
 
 
 def likeliest(logits: mx.array, confident: bool = False) -> list[Likeliest]:

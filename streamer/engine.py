@@ -21,7 +21,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import greedy_sampler
 
-from mtp.verify import Sampler, rule_for
+from kernels.sampling import NumpySampler, Sampler, faster
+from mtp.verify import rule_for
 
 from .loading import Streamer
 from .speculate import Block, Processor, Speculation
@@ -79,6 +80,7 @@ def generate(
     """
     timing = timing if timing is not None else Timing()
     streamer: Streamer = model.streamer
+    sampler = faster(sampler)
     began = time.perf_counter()
     prefill(model, tokens, cache, timing, on_prompt, speculation)
     run = _Run(model, cache, sampler, processors, tokens[:-1], timing, speculation)
@@ -102,7 +104,7 @@ def generate(
             left = max_tokens - n - 1
             following = _depth(speculation, left)
             # with no read-back inside a pass, the next is queued before this token is looked at
-            ahead = streamer.resident and left and not following
+            ahead = streamer.resident and left and not following and not run.waits(passed)
             queued = run.one(passed.token) if ahead else None
             chosen, rows = [int(passed.token.item())], [passed.logprobs]  # type: ignore[arg-type]
         now = time.perf_counter()
@@ -180,6 +182,10 @@ class _Run:
             self._speculation.plain(self.last)
         mx.async_eval(self.last)
         return _Passed(self.last, logprobs)
+
+    def waits(self, passed: _Passed) -> bool:
+        """Whether the sampler waits for its row: a pass queued sooner would be waited for."""
+        return isinstance(self._sampler, NumpySampler) and self._sampler.at_once(passed.logprobs)
 
     def several(self, count: int, rule: Any, stop: frozenset[int]) -> Block | None:
         """Put in the last token and up to `count` drafts, or nothing where none is worth it."""

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
 
+from kernels import sampling
 from streamer import load
 from streamer.engine import Timing, generate
 from streamer.loading import load_streamed
@@ -40,7 +41,12 @@ def test_greedy_tokens_are_mlx_lms(tiny: Path, slots: int | None) -> None:
     assert (timing.prompt_tokens, timing.generated_tokens) == (len(PROMPT), 40)
 
 
-def test_sampled_tokens_are_mlx_lms(tiny: Path) -> None:
+@pytest.mark.parametrize("slots", [None, 20])
+@pytest.mark.parametrize("few", [sampling.FEW, 0])
+def test_sampled_tokens_are_mlx_lms(
+    tiny: Path, few: int, slots: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "FEW", few)
     options = {"temp": 0.9, "top_p": 0.9, "top_k": 30, "min_p": 0.01}
     mx.random.seed(5)
     reference = generate_step(
@@ -53,7 +59,7 @@ def test_sampled_tokens_are_mlx_lms(tiny: Path) -> None:
     expected = [t for t, _ in reference]
     mx.random.seed(5)
     got, _, _ = tokens_of(
-        load_streamed(tiny, slots=20),
+        load_streamed(tiny, slots=slots),
         max_tokens=30,
         sampler=make_sampler(**options),
         processors=make_logits_processors(repetition_penalty=1.3),

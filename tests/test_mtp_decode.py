@@ -16,6 +16,7 @@ from families import FAMILIES, HEADS, METAL_ONLY, make_head, make_tiny
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+import kernels.sampling
 from streamer import load, run, stream_generate
 from streamer.engine import Timing, generate
 from streamer.loading import expert_count, load_streamed
@@ -152,10 +153,17 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.parametrize("few", [kernels.sampling.FEW, 0])
 @pytest.mark.parametrize(("sampling", "penalties"), SAMPLED, ids=str)
 def test_a_seed_gives_the_tokens_of_plain_decoding(
-    tiny: Any, sampling: dict[str, Any], penalties: dict[str, Any]
+    tiny: Any,
+    sampling: dict[str, Any],
+    penalties: dict[str, Any],
+    few: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kernels.sampling, "FEW", few)
+
     def sample(speculation: Speculation | None) -> list[int]:
         mx.random.seed(5)
         processors = make_logits_processors(**penalties)
@@ -172,7 +180,12 @@ def test_a_seed_gives_the_tokens_of_plain_decoding(
     assert min(speculation.counters.depths[:2]) > 0, "with and without a draft worth verifying"
 
 
-def test_residual_sampling_decodes(tiny: Any, plain: list[int]) -> None:
+@pytest.mark.parametrize("few", [kernels.sampling.FEW, 0])
+def test_residual_sampling_decodes(
+    tiny: Any, plain: list[int], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.sampling, "FEW", few)
+
     def sample(seed: int) -> tuple[list[int], Speculation]:
         mx.random.seed(seed)
         speculation = drafting(tiny, plain, 3)

@@ -15,8 +15,9 @@ from drafting import Rows
 from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler, make_logits_processors, make_sampler
 
+from kernels.sampling import NumpySampler, faster
 from mtp.head import Trunk
-from mtp.verify import Residual, Shared, accept, filters_of, likeliest, near_tie, rule_for
+from mtp.verify import Residual, Shared, Sparse, accept, filters_of, likeliest, near_tie, rule_for
 from streamer.engine import generate
 from streamer.speculate import Speculation
 
@@ -179,6 +180,8 @@ def test_which_rule_and_what_mlx_lms_samplers_hold() -> None:
     assert filters_of(lambda logprobs: mx.argmax(logprobs, axis=-1)) is None
     assert isinstance(rule_for(make_sampler(0.7), seeded=False), Residual)
     assert isinstance(rule_for(make_sampler(0.7), seeded=True), Shared)
+    assert isinstance(rule_for(faster(make_sampler(0.7)), seeded=False), Sparse)
+    assert isinstance(rule_for(faster(make_sampler(0.7)), seeded=True), Shared)
     assert isinstance(rule_for(lambda x: x, seeded=False), Shared)
     assert rule_for(make_sampler(0.0), seeded=False).greedy
     assert rule_for(greedy_sampler, seeded=True).greedy
@@ -276,12 +279,42 @@ class Sure:
         pass
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_engines_tokens_are_distributed_as_the_trunks(gated: bool) -> None:
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_few_candidates_are_accepted_as_all_are(options: dict[str, Any]) -> None:
+    sampler = faster(make_sampler(**options))
+    assert isinstance(sampler, NumpySampler)
+    known = filters_of(make_sampler(**options))
+    assert known is not None
+    whole, few = Residual(*known), rule_for(sampler, seeded=False)
+    assert isinstance(few, Sparse)
+    rng = np.random.default_rng(8)
+    for seed in range(200):
+        logits = mx.array(rng.normal(size=(2 * DEPTH + 1, VOCABULARY)).astype(np.float32) * 3)
+        rows = [*mx.split(logits - mx.logsumexp(logits, axis=-1, keepdims=True), len(logits))]
+        got = []
+        for rule in (few, whole):
+            mx.random.seed(seed)
+            rule.begin()
+            drafts = mx.concatenate([rule.draft(row) for row in rows[:DEPTH]]).astype(mx.int32)
+            stood, tokens = rule.accept(drafts, rows[DEPTH:])
+            got.append((drafts.tolist(), stood.item(), tokens.tolist()[: int(stood.item())]))  # type: ignore[arg-type]
+            possible = np.array(whole._distribution(rows[DEPTH + int(stood.item())]))[0]  # type: ignore[arg-type]
+            assert possible[int(tokens[stood].item())] > 0  # type: ignore[arg-type]
+        assert got[0] == got[1]
+
+
+@pytest.mark.parametrize(
+    ("gated", "filters"),
+    [(False, {"top_k": 6}), (True, {"top_k": 6}), (False, {"top_p": 0.97, "min_p": 0.02})],
+    ids=str,
+)
+def test_the_engines_tokens_are_distributed_as_the_trunks(
+    gated: bool, filters: dict[str, Any]
+) -> None:
     rng = np.random.default_rng(3)
     trunk = rng.normal(size=(8, 8))
     model: Any = Table(trunk, trunk + rng.normal(size=trunk.shape))
-    sampler, bias = make_sampler(0.8, top_k=6), {2: 1.0}
+    sampler, bias = make_sampler(0.8, **filters), {2: 1.0}
     known = filters_of(sampler)
     assert known is not None
     logits = model.tables[0] + mx.array([1.0 if i == 2 else 0.0 for i in range(8)])
