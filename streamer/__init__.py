@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import interrupted  # noqa: F401  # first: it sees to Ctrl-C while the others are imported
+# first: they see to Ctrl-C while the others are imported, and to what cannot be
+from . import interrupted, needed  # noqa: F401
 from .errors import StreamerError
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ import sys
 
 from . import __version__
 from .interrupted import EXIT, importing
+from .needed import told
 
 COMMANDS = {
     "run": "generate text or chat with a model larger than memory",
@@ -35,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"streamer.{argv[0]}")
     except KeyboardInterrupt:  # of a caller whose handler raises it
         return EXIT
+    except ImportError as error:
+        if (line := told(error)) is None:
+            raise
+        print("error:", line, file=sys.stderr)
+        return 2
     return module.main(argv[1:])  # type: ignore[no-any-return]
 
 

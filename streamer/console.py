@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 from .errors import StreamerError, UsageError
 from .files import beside, replaced
 from .interrupted import EXIT, raise_again
+from .needed import told
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 
@@ -77,6 +78,11 @@ def command(main: Main) -> Main:
             return code
         except StreamerError as error:
             print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            return 2
+        except ImportError as error:
+            if (line := told(error)) is None:
+                raise
+            print("error:", line, file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Interrupted):
             return EXIT

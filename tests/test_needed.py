@@ -1,0 +1,66 @@
+"""A Python without the packages that we need: one line, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from streamer.needed import PACKAGES, told
+
+LACKING = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {lacking}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Finder())
+import runpy
+sys.orig_argv = [sys.executable, "-m", "{module}"]
+sys.argv = ["{module}", *{arguments}]
+runpy.run_module("{module}", run_name="__main__", alter_sys=True)
+"""
+
+
+def run(module: str, arguments: list[str], lacking: list[str]) -> subprocess.CompletedProcess[str]:
+    code = LACKING.format(module=module, arguments=arguments, lacking=lacking)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("lacking", [["mlx"], ["mlx_lm"], list(PACKAGES)], ids=["mlx", "lm", "all"])
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("run", ["--prompt", "x"]),
+        ("plan", []),
+        ("profile", ["--json", "/dev/null"]),
+        ("bench", []),
+        ("convert", ["a", "b"]),
+    ],
+)
+def test_one_line_says_what_to_do(command: str, arguments: list[str], lacking: list[str]) -> None:
+    for module, given in ((f"streamer.{command}", arguments), ("streamer", [command, *arguments])):
+        done = run(module, given, lacking)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith("error: this Python has no ")
+        assert f"{sys.executable} -m pip install" in done.stderr
+
+
+@pytest.mark.smoke
+def test_help_needs_none() -> None:
+    for module, arguments in (("streamer", ["--help"]), ("streamer.run", ["--help"])):
+        done = run(module, arguments, list(PACKAGES))
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert "usage" in done.stdout
+
+
+@pytest.mark.smoke
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert told(ModuleNotFoundError("No module named 'spam'", name="spam")) is None
+    assert told(ValueError("mlx")) is None
+    wheel = ImportError("libmlx.so: cannot open shared object file", name="mlx.core")
+    assert "cannot import mlx: libmlx.so" in (told(wheel) or "")
