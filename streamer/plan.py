@@ -7,7 +7,8 @@ The division is the loader's own (`streamer.budget.divide`). Disk speed, the rat
 products and the time of a layer's experts are measured here, in a second or two, by the
 kernels that decoding runs on; what stands between the products is not, so that the speed is
 an upper bound for small models. Tokens per second is a range, since hit rates depend on the
-text: from uniform routing at one end to the skewed use seen on a trained model at the other.
+text: from uniform routing, read from the disk, at one end to the skewed use seen on a trained
+model at the other, read from the page cache as far as memory beyond the budget can hold the files.
 Sizes are in units of 1024 as `--memory` takes them, a disk's rate in 10**9 bytes a second.
 A profile of a run of the same model (`streamer.profile --json`) replaces the range by what its
 text would give:
@@ -102,13 +103,14 @@ def foresee(opened: Any, budget: Any) -> Forecast:
     hits = (share, max(share, _hits(share)))
     reads = (asked * (1 - hits[0]), asked * (1 - hits[1]))
     compute = trunk_weights(opened) / multiply_rate() + experts_seconds(opened)
-    rate, reason = float("inf"), "nothing is read"
+    rate, settled, reason = float("inf"), float("inf"), "nothing is read"
     if layers:
         files = opened.files
         choice = choose_backend(files, expert_bytes(opened), budget.limit - budget.runtime)
         rate, reason = choice.bandwidth_bytes_per_s, choice.reason
-    speed = tuple(1 / (compute + r / rate) for r in reads)
-    return Forecast(hits, reads, compute, (speed[0], speed[1]), rate, reason)
+        settled = max(rate, choice.settled_bytes_per_s)
+    speed = (1 / (compute + reads[0] / rate), 1 / (compute + reads[1] / settled))
+    return Forecast(hits, reads, compute, speed, rate, reason)
 
 
 def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:

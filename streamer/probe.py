@@ -68,13 +68,17 @@ class Measurement(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How to open the `Store`, what to expect of it, and why, in one line."""
+    """How to open the `Store`, what to expect of it, and why, in one line.
+
+    settled_bytes_per_s: the rate once the page cache holds what it can.
+    """
 
     backend: Backend
     drop_behind: bool
     bandwidth_bytes_per_s: float
     latency_s: float
     reason: str
+    settled_bytes_per_s: float
 
 
 def choose_backend(
@@ -111,7 +115,7 @@ def choose_backend(
         why += f"; {format_size(spare)} to spare cannot cache {format_size(total)} of files"
     else:
         why += f"; memory to spare could cache {cached:.0%} of {format_size(total)} of files"
-    return Choice(way.backend, way.drop_behind, found.bandwidth, found.latency, why)
+    return Choice(way.backend, way.drop_behind, found.bandwidth, found.latency, why, 1 / cost(way))
 
 
 def measure(

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kernels import backend, fast
-from streamer import plan
+from streamer import plan, probe
 from streamer.budget import (
     MAX_CHUNK,
     MIN_CHUNK,
@@ -134,6 +134,22 @@ def test_the_plan_is_what_is_loaded(mixed: Path, capsys: pytest.CaptureFixture[s
     assert planned["budget"]["slots"] == list(divide(open_model(mixed), "50%", 64).slots)
     low, high = planned["tokens_per_second"]
     assert 0 < low <= high
+
+
+def test_the_better_end_reads_from_the_page_cache(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(mixed)
+    monkeypatch.setattr(plan, "experts_seconds", lambda opened: 1e-3)
+    monkeypatch.setattr(plan, "multiply_rate", lambda: float("inf"))
+    for settled in (1e6, 4e6):
+        choice = probe.Choice("pread", False, 1e6, 0.0, "", settled)
+        monkeypatch.setattr(probe, "choose_backend", lambda *_, choice=choice: choice)
+        found = plan.foresee(opened, divide(opened, "50%", 64))
+        most, least = found.read_bytes
+        assert found.disk_bytes_per_second == 1e6
+        due = (1 / (1e-3 + most / 1e6), 1 / (1e-3 + least / settled))
+        assert found.tokens_per_second == pytest.approx(due)
 
 
 def ran(path: Path, memory: str, tmp_path: Path) -> dict:

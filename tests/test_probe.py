@@ -61,6 +61,7 @@ def test_memory_to_spare_prefers_buffered_reads(large, monkeypatch):
     assert asked == list(AMPLE)
     assert (choice.backend, choice.drop_behind) == ("pread", False)
     assert choice.bandwidth_bytes_per_s == 1e9
+    assert 1e9 < choice.settled_bytes_per_s <= 8e9
     assert choice.latency_s == 1e-3
 
 
@@ -76,6 +77,7 @@ def test_the_budget_is_not_there_for_the_page_cache(large, monkeypatch):
     choice = choose_backend(large, MB, budget=65 * MB)
     assert asked == list(TIGHT)
     assert choice.backend == "direct"
+    assert choice.settled_bytes_per_s == pytest.approx(choice.bandwidth_bytes_per_s)
     assert "cannot cache" in choice.reason
     choice = choose_backend(large, MB, budget=100 * MB)
     assert choice.backend == "direct"
