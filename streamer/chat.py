@@ -78,6 +78,8 @@ def _ask() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
+    except UnicodeError:  # where the locale's decoder is strict
+        raise UsageError("the line is not UTF-8") from None
     except KeyboardInterrupt:
         print()
         return "/exit"

@@ -39,7 +39,6 @@ from .errors import CheckpointError, StreamerError, UsageError
 from .header import Tensor, read_header
 from .hub import resolve
 from .journal import Journal
-from .opened import load_lazily, open_model
 from .pieces import PIECE, Recipe, piecewise, recipe
 from .shards import Spec, pack, put_in_place, shard_name, small_files, write_index
 
@@ -141,6 +140,8 @@ def convert(src: Path, dst: Path, options: Options) -> None:
 
 def _parameters(source: Checkpoint, options: Options) -> tuple[dict[str, Recipe], dict[str, Any]]:
     """How to make the model's parameters, by name, and the configuration that goes with them."""
+    from .opened import load_lazily  # imports what `command` prepares for
+
     try:
         with piecewise(source):
             model, config = load_lazily(source.path)
@@ -281,6 +282,8 @@ def _finish(
 ) -> None:
     """Add what goes with the shards, and open the whole as the loader will."""
     from mlx_lm.utils import save_config
+
+    from .opened import open_model
 
     write_index(folder, shards)
     save_config(config, folder / "config.json", keep_vision_config=True)

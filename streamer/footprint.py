@@ -29,7 +29,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 RESERVE = 2 << 30
 MAPPED_FROM = 4 << 20  # bytes of a block that goes back to the system when it is freed
-HEAP_SPARE = 16 << 20  # free bytes at the heap's end that are kept
+HEAP_SPARE = 8 << 20  # free bytes at the heap's end that are kept: within budget.SLACK
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
 
 _UNITS = {"": 1, "B": 1}

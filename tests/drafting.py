@@ -27,7 +27,8 @@ class Rows:
 
 
 class Oracle:
-    """Knows the whole sequence; drafts it right with chance `share`, by position.
+    """Knows the whole sequence; drafts it right with chance `share`, by position, and is
+    more and less sure of it, right or not.
 
     Right only while its cache holds one row for each verified position, so that its
     acceptance shows whether rows are thrown away and rebuilt as they should be.
@@ -42,6 +43,7 @@ class Oracle:
         right = rng.random(len(sequence)) < share
         other = rng.integers(0, VOCABULARY, len(sequence))
         self._says = mx.array(np.where(right, sequence, other).astype(np.int32))
+        self._sure = mx.array(rng.uniform(8, 11, len(sequence)).astype(np.float32))
 
     def make_cache(self) -> list[Rows]:
         return [Rows()]
@@ -62,8 +64,9 @@ class Oracle:
         assert hidden.shape[:2] == tokens.shape
         at = mx.arange(cache[0].offset, cache[0].offset + tokens.shape[1]) + 2
         cache[0].offset += tokens.shape[1]
-        says = self._says[mx.minimum(at, len(self._says) - 1)]
-        logits = 9.0 * (mx.arange(VOCABULARY) == says[:, None])[None].astype(mx.float32)
+        at = mx.minimum(at, len(self._says) - 1)
+        said = mx.arange(VOCABULARY) == self._says[at][:, None]
+        logits = mx.where(said, self._sure[at][:, None], 0.0)[None]
         if leave != "all":
             return logits[:, -1:], hidden[:, -1:]
         return logits[:, -1:] if last else logits, hidden

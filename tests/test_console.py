@@ -99,6 +99,14 @@ def test_options_are_read_before_anything_heavy(module: str) -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.parametrize("module", ["streamer.convert", "tools.make_checkpoint"])
+def test_transformers_comes_after_what_prepares_its_import(module: str) -> None:
+    """Where torch is installed it took 200 MB that were promised to nobody."""
+    code = f"import sys, {module}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == "moe-streamer 0.1.0\n"
@@ -137,10 +145,13 @@ def test_what_is_hardly_meant_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     assert "1 token, " in err and "tok/s" not in err
 
 
-def test_one_line_of_a_chat_that_is_not_utf8() -> None:
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
+def test_one_line_of_a_chat_that_is_not_utf8(errors: str) -> None:
+    """As in the locale C.UTF-8, and as in others, such as en_US.UTF-8."""
     done = subprocess.run(
         [sys.executable, "-m", "streamer.run", "--chat", "--memory", "50%"],
         input=b"\xff\xfe\n",
+        env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"},
         capture_output=True,
         check=False,
     )

@@ -55,13 +55,19 @@ print(json.dumps(seen))
 """
 
 
+def first(path: Path) -> dict[str, str]:
+    """The environment with `path` first on Python's path."""
+    paths = filter(None, [str(path), os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def look(path: Path, cwd: Path) -> dict[str, Any]:
     """What transformers sees with `path` first on Python's path."""
     script = f"TORCH = {HAS_TORCH}\n{LOOK}"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(path)},
+        env=first(path),
         capture_output=True,
         text=True,
         check=False,
@@ -154,7 +160,7 @@ def test_both_in_one_folder_overwrite_nothing_and_work(
     done = subprocess.run(
         [sys.executable, "-c", "import kernels.ours, streamer.run; print(kernels.ours.x)"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(both)},
+        env=first(both),
         capture_output=True,
         text=True,
         check=False,

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from streamer.report import FORMS, lookup, page
 from streamer.run import DEMO
 from tools import inflate
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 40
 NUMBER = re.compile(r'<data value="([^"]*)" data-path="([^"]*)" data-form="([^"]*)">([^<]*)</data>')
 DRAWN = {
@@ -341,6 +343,8 @@ def test_what_makes_no_sense_is_one_line(
     argv: list[str], said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])  # for a profile's own process
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     assert profile.main(argv) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err

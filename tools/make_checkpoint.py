@@ -22,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, quantize_model
 
 from streamer.console import Parser, bar, command, number, say
 from streamer.convert import DTYPES
@@ -87,6 +86,8 @@ def skeleton(
     config: dict[str, Any], bits: int, group_size: int, mode: str
 ) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model with lazy bfloat16 parameters, quantized by its own rules, and its config."""
+    from mlx_lm.utils import _get_classes, quantize_model
+
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.apply(lambda a: a.astype(mx.bfloat16) if mx.issubdtype(a.dtype, mx.floating) else a)
