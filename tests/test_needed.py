@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from streamer.needed import PACKAGES, told
 
+DEMO = Path(__file__).resolve().parents[1] / "streamer" / "demo"
 LACKING = """
 import sys
 
@@ -39,7 +41,7 @@ def run(module: str, arguments: list[str], lacking: list[str]) -> subprocess.Com
         ("plan", []),
         ("profile", ["--json", "/dev/null"]),
         ("bench", []),
-        ("convert", ["a", "b"]),
+        ("convert", [str(DEMO), "/dev/null/there"]),
     ],
 )
 def test_one_line_says_what_to_do(command: str, arguments: list[str], lacking: list[str]) -> None:
