@@ -100,7 +100,7 @@ def _prices(calls: np.ndarray, misses: np.ndarray, seconds: np.ndarray) -> tuple
 def _two(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """x, z >= 0 for which y is closest to x a + z b."""
     x, z = np.linalg.lstsq(np.stack([a, b], axis=1), y, rcond=None)[0]
-    if x >= 0 and z >= 0:
+    if 0 <= x < np.inf and 0 <= z < np.inf:
         return float(x), float(z)
     x, z = (max(0.0, float(c @ y) / max(1e-12, float(c @ c))) for c in (a, b))
     return (x, 0.0) if ((y - x * a) ** 2).sum() < ((y - z * b) ** 2).sum() else (0.0, z)

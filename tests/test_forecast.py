@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -183,6 +183,7 @@ def test_a_disturbed_step_does_not_turn_what_is_what() -> None:
 
 @pytest.mark.smoke
 @given(st.lists(st.tuples(*[st.floats(0, 9)] * 3), min_size=2, max_size=20))
+@example([(0.0, 0.0, 0.0), (0.0, 2.2e-313, 1.0)])  # whose best price is infinite
 def test_two_prices_fit_as_well_as_any_on_a_grid(rows: list[tuple[float, float, float]]) -> None:
     a, b, y = (np.array(column) for column in zip(*rows, strict=True))
     x, z = _two(a, b, y)
