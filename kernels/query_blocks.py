@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 SCORES = 96 << 20  # bytes of scores at once, copies included
+FUSED = (64, 80, 128)  # widths of heads for which GPUs have a kernel that makes none
 COPIES = 3  # of the scores, float32
 
 
@@ -35,7 +36,7 @@ def by_blocks(
     """
     queries, keys = q.shape[2], k.shape[2]
     rows = rows_at_once(q.shape[0] * q.shape[1], keys)
-    if queries <= rows:
+    if queries <= rows or (is_fused(q.shape[3]) and q.shape[3] == v.shape[3]):
         return attention(q, k, v, scale=scale, mask=mask, **options)
     outputs = []
     for first in range(0, queries, rows):
@@ -58,3 +59,8 @@ def by_blocks(
 def rows_at_once(heads: int, keys: int) -> int:
     """Queries whose scores, of `heads` in all, are within `SCORES`; eight at least."""
     return max(8, SCORES // (4 * COPIES * heads * max(1, keys)) // 8 * 8)
+
+
+def is_fused(width: int) -> bool:
+    """Whether MLX makes no scores of many queries of heads this wide on the default device."""
+    return width in FUSED and mx.default_device() == mx.gpu

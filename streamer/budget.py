@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from kernels import backend, fast
-from kernels.query_blocks import COPIES, SCORES
+from kernels.query_blocks import COPIES, SCORES, is_fused
 
 from .errors import BudgetError, UsageError
 from .experts import ExpertFormat, held_bytes
@@ -111,11 +111,13 @@ def chunk_workspace(
 def _scores(opened: Opened, chunk: int, context: int) -> int:
     """Bytes of attention's masks and scores: of all queries where a model makes them itself,
     of a block where MLX does, none where our kernel runs."""
-    made = COPIES * 4 * opened.text("num_attention_heads", 32) * chunk * context
+    heads = opened.text("num_attention_heads", 32)
+    made = COPIES * 4 * heads * chunk * context
     if opened.text("kv_lora_rank", 0) or opened.text("index_n_heads", 0):
         return made
     masks = 9 * chunk * context if any(opened.text(key, 0) for key in WINDOWS) else 0
-    return masks + (0 if backend.available() else min(made, SCORES))
+    width = opened.text("head_dim", opened.text("hidden_size", 4096) // heads)
+    return masks + (0 if backend.available() or is_fused(width) else min(made, SCORES))
 
 
 def divide(

@@ -74,3 +74,18 @@ def test_it_stands_in_where_the_extension_does_not(monkeypatch: pytest.MonkeyPat
     for arrays, expected in zip(((q, k, k), half), want, strict=True):
         got = mx.fast.scaled_dot_product_attention(*arrays, scale=0.25, mask="causal")
         assert got.dtype == expected.dtype and close(got, expected, 1e-2)
+
+
+def test_heads_that_gpus_have_a_kernel_for_go_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(q: mx.array, *rest: mx.array, **options: object) -> mx.array:
+        asked.append(q.shape[2])
+        return q
+
+    monkeypatch.setattr(query_blocks, "SCORES", 1)
+    monkeypatch.setattr(query_blocks, "is_fused", lambda width: width in query_blocks.FUSED)
+    for width in (64, 256):
+        q = mx.zeros((1, 1, 20, width))
+        by_blocks(counted, q, q, q, scale=1.0)
+    assert asked == [20, 8, 8, 4]
