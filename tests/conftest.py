@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
 import fcntl
 import importlib.metadata
@@ -25,6 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # side by side: not all cores for each
     os.environ.setdefault("STREAMER_THREADS", "2")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background,
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for every process begun by a test
+
+with contextlib.suppress(ImportError):  # before anything takes Python's own distutils,
+    importlib.import_module("setuptools")  # whose it is from then on
 
 from kernels import fast
 

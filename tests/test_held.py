@@ -103,7 +103,7 @@ def test_what_is_held_as_it_is_stored(
 
 @extension
 def test_a_budget_holds_more_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny(tmp_path, "qwen3_moe", changes={"num_experts": 64, "moe_intermediate_size": 256})
+    path = tiny(tmp_path, "qwen3_moe", changes={"num_experts": 64, "moe_intermediate_size": 2048})
     opened = open_model(path)
     limit = divide(opened, "50%", 256).limit
     slots = [sum(divide(opened, limit, 256).slots)]

@@ -245,7 +245,11 @@ class Table(nn.Module):
         self.tables = mx.array(np.stack([trunk, head]).astype(np.float32))
         self.trunk = Trunk(self, self.norm, lambda tokens: tokens, lambda hidden: hidden)
         self.streamer = SimpleNamespace(
-            budget=SimpleNamespace(chunk=8), resident=True, watch=None, check=lambda: None
+            budget=SimpleNamespace(chunk=8),
+            executors=[],
+            resident=True,
+            watch=None,
+            check=lambda: None,
         )
 
     def __call__(self, tokens: mx.array, *rest: Any, cache: Any = None, **options: Any) -> Any:
