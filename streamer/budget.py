@@ -233,7 +233,7 @@ def _wanted_chunk(
 def _chunk(
     opened: Opened, context: int, room: int, full: int, bits: float = FULL
 ) -> tuple[int, int]:
-    """(tokens per prefill pass, workspace bytes): at most an eighth of what experts could use.
+    """(tokens per prefill pass, workspace bytes): at most a quarter of what experts could use.
 
     Or with all experts in memory, where that leaves passes of 64 tokens at least.
     """
@@ -246,7 +246,7 @@ def _chunk(
     chunk = _wanted_chunk(opened, context, full, bits)
     while chunk > MIN_CHUNK:
         workspace = chunk_workspace(opened, chunk, context, bits)
-        if workspace <= room and _growing(opened, chunk, context, bits) <= room // 8:
+        if workspace <= room and _growing(opened, chunk, context, bits) <= room // 4:
             break
         chunk //= 2
     return chunk, chunk_workspace(opened, chunk, context, bits)
