@@ -79,7 +79,7 @@ def chunk_workspace(
     what is within an expert (all of them where nothing is paged), attention's scores, a
     recurrent state for every token, as mlx-lm's loop over tokens leaves them (the kernel has one
     before, one after and a copy of each), latent attention's keys and values of every head, what
-    reading and writing coded caches takes, and the old storage of a cache that grows. 1.1 to 1.9
+    reading and writing coded caches takes, and the old storage of a cache that grows. 1.2 to 2.3
     times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)

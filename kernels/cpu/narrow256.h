@@ -109,8 +109,8 @@ inline __attribute__((always_inline)) void of_biases(
   }
 }
 
-// Blocks [begin, end) of an output row on top of `total`, or of its biases where it begins. per: blocks to a group, 0: two groups to
-// a block.
+// Blocks [begin, end) of an output row on top of `total`, or of its biases where it begins.
+// per: blocks to a group, 0: two groups to a block.
 template <class Weights, int M, int per>
 inline __attribute__((always_inline)) void stretch(
     const Layout& L, const uint8_t* weights, const uint8_t* x, const float* of_x,
