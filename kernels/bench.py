@@ -11,10 +11,11 @@ over rounds of floor / time. Where the kernels multiply bytes (VNNI), `own` is t
 instructions' rate, which is the higher one, in the place of fused multiply-adds.
 
 Weights come from memory, not from a cache: copies of COLD bytes in all take turns, and the experts
-are larger than that. Products are evaluated several at once, GRAPH bytes of weights or more, as
-those of a decode step are: what waking the threads costs is shared, as there. Stock MLX runs in
-float32, its fastest type, and only at one row: it takes every further row from the start. Medians;
-the first round is dropped. Beside other work a figure means little: the floors' quartiles tell.
+are larger than that. Like a loaded model's they lie on huge pages where the system has them.
+Products are evaluated several at once, GRAPH bytes of weights or more, as those of a decode step
+are: what waking the threads costs is shared, as there. Stock MLX runs in float32, its fastest type,
+and only at one row: it takes every further row from the start. Medians; the first round is
+dropped. Beside other work a figure means little: the floors' quartiles tell.
 
 Prints a table and, last, one JSON line. Limits: affine weights, random; the rows of a routed
 product choose independently, which is the largest union.
@@ -37,7 +38,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import backend, fast
+from . import backend, fast, pages
 from .weights import MLXLM
 
 ROWS = (1, 2, 4, 8)
@@ -188,6 +189,8 @@ def weight(shape: tuple[int, ...], bits: int) -> Weight:
         mx.random.uniform(-0.1, 0.1, (*lead, k // 64)),
     )
     mx.eval(parts)
+    for part in parts:
+        pages.move(part)
     return parts
 
 
@@ -205,6 +208,7 @@ def measure(products: list[Linear | Routed], rounds: int) -> list[Measured]:
     out = [Measured(p.name, m, m * p.multiplies) for p in products for m in ROWS]
     array = mx.zeros(READ // 4)
     mx.eval(array)
+    pages.move(array)
     for i in range(rounds + 1):
         todo: Iterator[Measured] = iter(out)
         for product in products:
