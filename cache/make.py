@@ -11,6 +11,7 @@ tokens are all recent), recurrent states, lists of caches, and layers with atten
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def kinds_of(model: nn.Module, caches: Sequence[Any]) -> list[str | None]:
 
 def _kind(layer: nn.Module) -> str | None:
     for module in layer.modules():
-        call = type(module).__call__
+        call = inspect.unwrap(type(module).__call__)
         code = getattr(call, "__code__", None)
         names = code.co_names if code else ()
         imported = "scaled_dot_product_attention" in getattr(call, "__globals__", {})

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 
-from kernels import backend, blocks
+from kernels import backend, blocks, latent
 from kernels.query_blocks import by_blocks
 from kernels.qwen import KEY_WIDTHS, frequencies
 from kernels.weights import float32, form_of
@@ -43,12 +44,13 @@ _replaced: list[tuple[Any, str, Any]] = []  # (where, name, what was there), in 
 def install() -> bool:
     """Put the replacements in place for this process; False where the extension does not run.
 
-    Then only attention of long prompts is another: see `kernels.query_blocks`. Call it once the
-    model's modules are loaded; again, it takes in those loaded since.
+    Then only attention of long prompts and latent attention are others: see `kernels.query_blocks`
+    and `kernels.latent`. Call it once the model's modules are loaded; again, it takes in those
+    loaded since.
     """
     works = backend.available()
     wanted = [(place, name, globals()[name]) for place, name in (_PLACES if works else _LONG)]
-    for place, name, function in [*wanted, *(blocks.places() if works else [])]:
+    for place, name, function in [*wanted, *latent.places(), *(blocks.places() if works else [])]:
         before = vars(place)[name]
         if before is not function:
             _replaced.append((place, name, before))
@@ -94,17 +96,24 @@ def quantized_matmul(
     mode: str = "affine",
     **options: Any,
 ) -> mx.array:
-    """x [..., K] times w [N, K] of affine or mxfp4 layout: [..., N]."""
+    """x [..., K] times w [N, K] of affine or mxfp4 layout: [..., N]; or [..., H, M, K] times
+    [H, N, K]."""
     if (
         transpose
         and x.dtype == mx.float32
-        and w.ndim == 2
         and not options
         and (form := form_of(mode, group_size, bits))
     ):
-        return backend.native().linear(  # type: ignore[union-attr]
-            x, w, scales, biases, group_size=form[0], bits=form[1], mode=mode
-        )
+        if w.ndim == 2:
+            return backend.native().linear(  # type: ignore[union-attr]
+                x, w, scales, biases, group_size=form[0], bits=form[1], mode=mode
+            )
+        if w.ndim == 3 and x.ndim >= 3 and x.shape[-3] == w.shape[0] and x.size:
+            y = backend.native().gather_linear(  # type: ignore[union-attr]
+                x.reshape(-1, x.shape[-1]), _heads(x.shape[:-1]), (w, scales, biases),
+                group_size=form[0], bits=form[1], mode=mode,
+            )  # fmt: skip
+            return y.reshape(*x.shape[:-1], w.shape[1])
     return _mlx["quantized_matmul"](
         x,
         w,
@@ -116,6 +125,12 @@ def quantized_matmul(
         mode=mode,
         **options,
     )
+
+
+@lru_cache(maxsize=16)
+def _heads(shape: tuple[int, ...]) -> mx.array:
+    """Of rows [..., H, M] in a row, which head's each is."""
+    return mx.broadcast_to(mx.arange(shape[-2], dtype=mx.int32)[:, None], shape).reshape(-1)
 
 
 def dequantize(
@@ -208,15 +223,20 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
     **options: Any,
 ) -> mx.array:
-    """q [B, H, T, D], k and v [B, Hk, S, D]; mask: None, 'causal', or [T, S] bool or additive."""
+    """q [B, H, T, D], k and v [B, Hk, S, D]; mask: None, 'causal', or bool or additive, [T, S] or
+    [B, H, T, S]."""
+    if isinstance(k, latent.Heads):
+        again = partial(scaled_dot_product_attention, scale=scale, mask=mask, sinks=sinks)
+        return latent.attend(again, q, k, v, **options)  # type: ignore[arg-type]
     causal = isinstance(mask, str)
     array = mask if isinstance(mask, mx.array) else None
     shared = array is None or array.size == q.shape[2] * k.shape[2]
-    fits = shared and not options and q.shape[2] <= k.shape[2]
+    own = array is not None and array.shape == (*q.shape[:3], k.shape[2])
+    fits = (shared or own) and not options and q.shape[2] <= k.shape[2]
     if fits and float32(q, k, v, sinks) and backend.available():
         bias = None
         if array is not None:
-            bias = array.reshape(q.shape[2], k.shape[2])
+            bias = array.reshape(q.shape[2], k.shape[2]) if shared else array
             bias = mx.where(bias, 0.0, -mx.inf) if bias.dtype == mx.bool_ else bias
         if bias is None or bias.dtype == mx.float32:
             return backend.native().attention(  # type: ignore[union-attr]

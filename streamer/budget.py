@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from kernels import backend, fast
+from kernels import backend, fast, latent
 from kernels.query_blocks import COPIES, SCORES, is_fused
 
 from .errors import BudgetError, UsageError
@@ -78,9 +78,8 @@ def chunk_workspace(
     activations, what the chosen experts give, twice, and of the pairs that are computed at once
     what is within an expert (all of them where nothing is paged), attention's scores, a
     recurrent state for every token, as mlx-lm's loop over tokens leaves them (the kernel has one
-    before, one after and a copy of each), latent attention's keys and values of every head, what
-    reading and writing coded caches takes, and the old storage of a cache that grows. 1.2 to 2.3
-    times the peaks measured at true shapes (docs/LOG.md).
+    before, one after and a copy of each), what reading and writing coded caches takes, and the old
+    storage of a cache that grows. 1.2 to 2.3 times the peaks measured at true shapes (docs/LOG.md).
     """
     hidden = opened.text("hidden_size", 4096)
     inner = opened.text("moe_intermediate_size", opened.text("intermediate_size", hidden))
@@ -91,16 +90,12 @@ def chunk_workspace(
     state = 0 if mx.default_device() == mx.Device(mx.gpu) else opened.state_bytes
     one = fast.keeps_one_state(opened.text("linear_key_head_dim", 0))
     states = 0 if one else 3 * state // 2
-    heads = opened.text("num_attention_heads", 32)
-    latent = opened.text("kv_lora_rank", 0)
-    width = opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
-    expanded = 5 * heads * (latent + width) if opened.cache_row < 4 * heads * width else 0
     return (
         5 * rows // 4
         + _scores(opened, chunk, context)
         + chunk * states
         + (4 if one else 8) * state
-        + (expanded * context if latent else 0)
+        + _expanded(opened) * context
         + (opened.coding_bytes(chunk, context, kv_bits) if chunk else 0)
         + 3 * opened.growth_bytes(context, kv_bits) // 2  # MLX lets go of storage a moment later
         + 24 * vocabulary
@@ -109,15 +104,34 @@ def chunk_workspace(
 
 
 def _scores(opened: Opened, chunk: int, context: int) -> int:
-    """Bytes of attention's masks and scores: of all queries where a model makes them itself,
-    of a block where MLX does, none where our kernel runs."""
+    """Bytes of attention's masks and scores: of a block of queries, none of scores where our
+    kernel makes them, all where a model does by itself."""
     heads = opened.text("num_attention_heads", 32)
-    made = COPIES * 4 * heads * chunk * context
-    if opened.text("kv_lora_rank", 0) or opened.text("index_n_heads", 0):
-        return made
-    masks = 9 * chunk * context if any(opened.text(key, 0) for key in WINDOWS) else 0
+    made = COPIES * 4 * heads * context
+    masks = 9 * chunk * context
+    if opened.over_latents:  # a block's queries and outputs, in the latents' space and in theirs
+        rows = min(chunk, latent.rows_of(heads, context))
+        wide = 3 * opened.text("kv_lora_rank", 512) + 2 * _widths(opened)
+        return masks + rows * (made + 4 * heads * wide)
+    if opened.text("index_n_heads", 0) or _expanded(opened):
+        return chunk * made
     width = opened.text("head_dim", opened.text("hidden_size", 4096) // heads)
-    return masks + (0 if backend.available() or is_fused(width) else min(made, SCORES))
+    mine = backend.available() or is_fused(width)
+    windows = any(opened.text(key, 0) for key in WINDOWS)
+    return (masks if windows else 0) + (0 if mine else min(chunk * made, SCORES))
+
+
+def _expanded(opened: Opened) -> int:
+    """Bytes that mlx-lm's latent attention makes of each token of context: keys and values of
+    every head; none where it is run over the latents, or its cache holds them."""
+    heads, rank = opened.text("num_attention_heads", 32), opened.text("kv_lora_rank", 0)
+    made = opened.cache_row >= 4 * heads * _widths(opened)
+    return 0 if opened.over_latents or made else 5 * heads * (rank + _widths(opened)) * (rank > 0)
+
+
+def _widths(opened: Opened) -> int:
+    """Of a key's part without position and of a value, together."""
+    return opened.text("qk_nope_head_dim", 128) + opened.text("v_head_dim", 128)
 
 
 def divide(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from glob import escape
 from pathlib import Path, PosixPath
 from typing import Any
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import _BaseCache, make_prompt_cache
 
 from cache.make import kinds_of
+from kernels import latent
 from mtp.find import head_names
 from mtp.head import Head
 
@@ -144,6 +146,11 @@ class Opened:
     def cache_row(self) -> int:
         """Bytes of the largest cache per token."""
         return max((cache.row for cache in self._caches), default=0)
+
+    @cached_property
+    def over_latents(self) -> bool:
+        """Whether attention of several rows is over the latents that its cache holds."""
+        return latent.replaced(self.model)
 
     def head_kv_bytes(self, context: int) -> int:
         """Bytes of the MTP head's caches at `context` tokens."""

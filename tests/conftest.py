@@ -30,8 +30,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in
 with contextlib.suppress(ImportError):  # before anything takes Python's own distutils,
     importlib.import_module("setuptools")  # whose it is from then on
 
-from kernels import fast
+from kernels import fast, latent
 
+for family in latent.MODELS:  # whose attention is replaced once their modules are there
+    importlib.import_module(f"mlx_lm.models.{family}")
 fast.install()  # as loading does: references by mlx-lm alone are computed with the same products
 
 ROOT = Path(__file__).resolve().parents[1]

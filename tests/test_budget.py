@@ -196,17 +196,30 @@ def test_a_state_for_every_row_is_foreseen(
 
 
 def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
-    """In a pass of more rows than one; deepseek_v2 keeps them grown."""
-    latent, plain = (open_model(make_tiny(f, tmp_path / f)) for f in ("deepseek_v3", "deepseek_v2"))
-    for opened, grows in ((latent, True), (plain, False)):
+    """In a pass of more rows than one, where it is not run over the latents; deepseek_v2 keeps
+    them grown."""
+    for family, grows in (("mistral4", True), ("deepseek_v3", False), ("deepseek_v2", False)):
+        opened = open_model(make_tiny(family, tmp_path / family))
         heads, rank = opened.text("num_attention_heads", 0), opened.text("kv_lora_rank", 0)
         width = opened.text("qk_nope_head_dim", 0) + opened.text("v_head_dim", 0)
         assert heads and rank and width
+        assert opened.over_latents == (family == "deepseek_v3")
         more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
-        scores = 256 * 16 * 12 * heads
+        scores = 256 * 16 * 12 * heads * (grows or opened.over_latents)
+        scores += 256 * 16 * 9 * opened.over_latents
+        scores += 256 * 16 * 12 * heads * (family == "deepseek_v2" and not backend.available())
         copied = opened.growth_bytes(512, 16) - opened.growth_bytes(256, 16)
         assert copied == 256 * opened.cache_row
         assert more == 3 * copied // 2 + scores + 256 * 5 * heads * (rank + width) * grows
+
+
+def test_latent_attention_does_not_shorten_passes(tmp_path: Path) -> None:
+    """Its scores are of a block of rows, whatever the pass and the context."""
+    changes = {"num_attention_heads": 64, "num_key_value_heads": 64, "kv_lora_rank": 512}
+    opened = open_model(make_tiny("deepseek_v3", tmp_path / "m", changes=changes))
+    long, short = (chunk_workspace(opened, rows, 8192) for rows in (2048, 64))
+    assert long < 450 << 20 < 12 * 64 * 2048 * 8192
+    assert long - short < 300 << 20
 
 
 @pytest.mark.smoke
@@ -228,7 +241,7 @@ def test_passes_over_a_prompt_are_long_where_experts_are_paged(
 def test_what_no_chunk_saves_makes_none_smaller(tmp_path: Path) -> None:
     """Expanding latent rows costs the same for any chunk, and once for each."""
     changes = {"num_attention_heads": 64, "num_key_value_heads": 64, "kv_lora_rank": 512}
-    opened = open_model(make_tiny("deepseek_v3", tmp_path / "m", changes=changes))
+    opened = open_model(make_tiny("mistral4", tmp_path / "m", changes=changes))
     fixed, whole = (chunk_workspace(opened, n, 1024) for n in (0, 64))
     assert fixed > 2 * (whole - fixed)
     assert _chunk(opened, 1024, max(whole, 4 * (whole - fixed)), 1 << 40)[0] == 64

@@ -43,12 +43,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, causal: bool = True, **extra: 
     return native.attention(q, k, v, scale=q.shape[-1] ** -0.5, causal=causal, **extra)
 
 
-def exact(q: mx.array, k: mx.array, v: mx.array, causal: bool = True) -> np.ndarray:
+def exact(
+    q: mx.array, k: mx.array, v: mx.array, causal: bool = True, bias: np.ndarray | float = 0.0
+) -> np.ndarray:
     """In float64, by the formula."""
     _, H, T, D = q.shape
     S = k.shape[2]
     wide = [np.repeat(np.array(a, np.float64), H // k.shape[1], axis=1) for a in (k, v)]
-    scores = np.array(q, np.float64) @ wide[0].swapaxes(-1, -2) * D**-0.5
+    scores = np.array(q, np.float64) @ wide[0].swapaxes(-1, -2) * D**-0.5 + bias
     if causal:
         scores[..., np.arange(S) > np.arange(S - T, S)[:, None]] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
@@ -131,3 +133,25 @@ def test_large_scores_and_values_far_from_zero() -> None:
     q, k = normal(1, 1, 2, 4, 64) * 30, normal(2, 1, 1, 3000, 64)
     v = normal(3, 1, 1, 3000, 64) + 100
     near(attend(q, k, v), exact(q, k, v), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["additive", "bool"])
+@pytest.mark.parametrize(("T", "S"), [(1, 40), (3, 1500), (9, 2100)])
+def test_a_mask_for_every_head(isa: str, kind: str, T: int, S: int) -> None:
+    """As latent attention's scores of positions are, the lowest float where nothing is seen."""
+    q, k, v = normal(1, 2, 6, T, 48), normal(2, 2, 2, S, 48), normal(3, 2, 2, S, 32)
+    seen = np.random.default_rng(4).random((2, 6, T, S)) < 0.7
+    seen[:, :, :, 0] = True
+    seen[:, 0, 0, : S // 2] = False
+    seen[:, 0, 0, -1] = True
+    bias = np.where(seen, 0.0 if kind == "bool" else normal(5, 2, 6, T, S), -np.inf)
+    lowest = np.finfo(np.float32).min
+    mask = mx.array(seen if kind == "bool" else np.maximum(bias, lowest).astype(np.float32))
+    native = backend.native()
+    assert native is not None
+    got = fast.scaled_dot_product_attention(q, k, v, scale=48**-0.5, mask=mask)
+    near(got, exact(q, k, v, False, bias))
+    alone = fast.scaled_dot_product_attention(
+        q[:, :, :1], k, v, scale=48**-0.5, mask=mask[:, :, :1]
+    )
+    assert mx.array_equal(alone, got[:, :, :1])

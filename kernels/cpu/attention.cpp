@@ -41,8 +41,8 @@ void run_span(
       std::fill(row, row + all, 0.0f);
       continue;
     }
-    const int64_t t = (first + r) % call.T;
-    steps.place(row, end, call.scale, call.bias ? call.bias + t * call.S + from : nullptr);
+    const int64_t of = call.bias_of_heads ? int64_t(head) * call.R + first + r : (first + r) % call.T;
+    steps.place(row, end, call.scale, call.bias ? call.bias + of * call.S + from : nullptr);
     steps.soften(row, end, all, tops[r], totals[r]);
   }
   for (int j = 0; j < count; j += steps.tile) {
@@ -101,7 +101,8 @@ mx::array attention(
   const int B = q.shape(0), H = q.shape(1), T = q.shape(2), D = q.shape(3), Hk = k.shape(1), S = k.shape(2), Dv = v.shape(3);
   check(k.shape(0) == B && v.shape(0) == B && v.shape(1) == Hk && v.shape(2) == S && k.shape(3) == D && H % Hk == 0, "attention: k or v doesn't fit");
   check(!causal || T <= S, "attention: more rows than keys");
-  check(!bias || bias->shape() == mx::Shape{T, S}, "attention: the bias doesn't fit");
+  const bool of_heads = bias && bias->shape() == mx::Shape{B, H, T, S};
+  check(!bias || of_heads || bias->shape() == mx::Shape{T, S}, "attention: the bias doesn't fit");
   check(!sinks || sinks->shape() == mx::Shape{H}, "attention: the sinks don't fit");
   Arrays inputs{q, k, v};
   if (bias) inputs.push_back(*bias);
@@ -111,6 +112,7 @@ mx::array attention(
   auto body = [=](const Arrays& in, Arrays& out) {
     Data data;
     Attend call{B, Hk, H / Hk * T, T, D, Dv, S, scale, causal, data(in[0])};
+    call.bias_of_heads = of_heads;
     call.bias = biased ? data(in[3]) : nullptr;
     call.sinks = sunk ? data(in[3 + biased]) : nullptr;
     call.out = out[0].data<float>();

@@ -11,7 +11,7 @@ namespace streamer {
 namespace mx = mlx::core;
 
 // q [B, H, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, H, T, Dv], float32. causal: the last row
-// sees all S, each row before it one less. bias [T, S]: added to the scores. sinks [H]: logits that
+// sees all S, each row before it one less. bias [T, S] or [B, H, T, S]: added to the scores. sinks [H]: logits that
 // take weight and give no value. Keys and values are read once for all the rows of a few that share
 // them. Throws std::invalid_argument where shapes or types don't fit.
 mx::array attention(
@@ -33,6 +33,7 @@ struct Attend {
   const float *q, *k, *v, *bias, *sinks;
   float* out;
   int64_t k_strides[3], v_strides[3];
+  bool bias_of_heads = false; // a row of S for each of B, Hk and R, not for each of T
 };
 
 void attend(const Attend& call);

@@ -1,0 +1,137 @@
+"""Latent attention (MLA) of several rows over the latents themselves, a block of rows at a time.
+
+mlx-lm's models of DeepSeek's kind attend over the latents where a pass has one row. For more they
+make the keys and values of every head from all latents that the cache holds, in every pass: of
+GLM-4.7-Flash 20 x 448 numbers a token of context, 9 million multiply-adds, which a pass of two rows
+pays like one of two thousand. They also make the scores of all rows at once.
+
+Here every pass goes the way of one row: queries are taken to the latents' space (`embed_q`), the
+latents are keys and values of all heads, and what comes out is taken back (`unembed_out`). The sums
+are the same in another order. Rows whose scores would take more than `query_blocks.SCORES` go in
+blocks, one after the other, as a prompt in shorter passes would, but for this layer alone. The
+models' code stays mlx-lm's: `places` puts in what calls it by blocks, and a `Heads` for the keys
+and values of all heads, which `kernels.fast.scaled_dot_product_attention` knows what to do with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import mla
+
+from .query_blocks import rows_at_once
+
+LEAST = 32  # rows of a block: every block reads the layer's weights
+# mlx-lm's attention whose cache holds latents and which scores positions apart from them
+MODELS = {
+    "bailing_hybrid": "MultiLatentAttention",
+    "bailing_moe_v3": "BailingMLA",
+    "deepseek_v3": "DeepseekV3Attention",
+    "deepseek_v32": "DeepseekV32Attention",
+    "glm4_moe_lite": "Glm4MoeLiteAttention",
+    "kimi_k3": "KimiK3MLAAttention",
+    "kimi_linear": "KimiMLAAttention",
+    "longcat_flash": "LongcatFlashMLA",
+}
+_MULTI = {kind: kind.__call__ for kind in (mla.MultiLinear, mla.QuantizedMultiLinear)}
+_originals: dict[type, Callable[..., mx.array]] = {}
+_inside = 0  # calls of those layers under way
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What `layer` would make of latents [B, 1, S, rank] for every head, not made."""
+
+    latents: mx.array
+    layer: nn.Module
+
+
+def places() -> list[tuple[Any, str, Any]]:
+    """(owner, name, replacement), of the families loaded so far."""
+    found: list[tuple[Any, str, Any]] = [
+        (kind, "__call__", _unmade(call)) for kind, call in _MULTI.items()
+    ]
+    for family, name in MODELS.items():
+        module = sys.modules.get(f"mlx_lm.models.{family}")
+        if module is not None:
+            kind = getattr(module, name)
+            found.append((kind, "__call__", _blocked(_originals.setdefault(kind, kind.__call__))))
+    return found
+
+
+def replaced(model: nn.Module) -> bool:
+    """Whether latent attention of `model` is run so."""
+    names = {(f"mlx_lm.models.{family}", name) for family, name in MODELS.items()}
+    return any((type(m).__module__, type(m).__qualname__) in names for m in model.modules())
+
+
+def attend(
+    attention: Callable[..., mx.array], q: mx.array, keys: Heads, values: Heads, **options: Any
+) -> mx.array:
+    """q [B, H, T, nope] over the latents of `keys` -> [B, H, T, Dv]; options: as `attention`'s."""
+    y = attention(_of(keys.layer)(q), keys.latents, values.latents, **options)
+    return _of(values.layer)(y)
+
+
+def rows_of(heads: int, keys: int) -> int:
+    """Rows of a block over `keys` tokens."""
+    return max(LEAST, rows_at_once(heads, keys))
+
+
+def _of(layer: nn.Module) -> Callable[[mx.array], mx.array]:
+    return _MULTI[type(layer)].__get__(layer)  # type: ignore[no-any-return]
+
+
+@cache
+def _unmade(call: Callable[..., mx.array]) -> Callable[..., Any]:
+    """MultiLinear's call, but within latent attention latents of several rows stay as they are."""
+
+    @wraps(call)
+    def run(self: nn.Module, x: mx.array, transpose: bool = True) -> Any:
+        if _inside and x.ndim == 4 and x.shape[1] == 1 and self["weight"].shape[0] > 1:
+            return Heads(x, self)
+        return call(self, x, transpose)
+
+    return run
+
+
+@cache
+def _blocked(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The attention's call, with latents left as they are, a block of rows at a time."""
+
+    @wraps(call)
+    def run(
+        self: nn.Module, x: mx.array, mask: mx.array | None = None, cache: Any | None = None
+    ) -> mx.array:
+        global _inside
+        rows = x.shape[1]
+        if rows == 1:
+            return call(self, x, mask, cache)
+        array = isinstance(mask, mx.array) and mask.ndim > 1 and mask.shape[-2] == rows
+        keys = mask.shape[-1] if array else rows  # type: ignore[union-attr]
+        block = rows_of(x.shape[0] * _heads(self), keys)
+        _inside += 1
+        try:
+            if rows <= block or cache is None or not array:
+                return call(self, x, mask, cache)
+            before, outputs = keys - rows, []
+            for first in range(0, rows, block):
+                last = min(first + block, rows)
+                part = mask[..., first:last, : before + last]  # type: ignore[index]
+                outputs.append(call(self, x[:, first:last], part, cache))
+                mx.eval(outputs[-1])
+            return mx.concatenate(outputs, axis=1)
+        finally:
+            _inside -= 1
+
+    return run
+
+
+def _heads(layer: nn.Module) -> int:
+    return int(layer["embed_q"]["weight"].shape[0])
