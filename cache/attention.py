@@ -122,11 +122,12 @@ class View:
 
 def by_kernel(queries: mx.array, keys: Side, values: Side, mask: mx.array | str | None) -> bool:
     """Whether `attend_by_kernel` takes these."""
-    shared = not isinstance(mask, mx.array) or mask.size == mask.shape[-1] * queries.shape[2]
-    if not shared or keys.recent is None or values.recent is None or not keys.bits * values.bits:
+    if keys.recent is None or values.recent is None or not keys.bits * values.bits:
         return False
-    on_cpu = keys.recent.dtype == mx.float32 and codes.available(queries.dtype)
-    return on_cpu or gpu.uses("codes")
+    shared = not isinstance(mask, mx.array) or mask.size == mask.shape[-1] * queries.shape[2]
+    if keys.recent.dtype == mx.float32 and codes.available(queries.dtype):
+        return shared or mask.shape[:-1] == queries.shape[:-1]  # type: ignore[union-attr]
+    return shared and gpu.uses("codes")
 
 
 def attend_by_kernel(
@@ -144,7 +145,8 @@ def attend_by_kernel(
     q = (queries * scale).astype(mx.float32).reshape(B, k.recent.shape[1], -1, D)
     bias = None
     if isinstance(mask, mx.array):
-        bias = mask.reshape(T, -1)
+        shared = mask.size == mask.shape[-1] * T
+        bias = mask.reshape(T, -1) if shared else mask.reshape(*q.shape[:3], -1)
         bias = mx.where(bias, 0.0, LOWEST) if bias.dtype == mx.bool_ else bias.astype(mx.float32)
     turn, back = keys.codec.rotation, values.codec.rotation
     options: dict[str, Any] = {

@@ -8,9 +8,9 @@ the window. Every token has its own code, so a trim may also end anywhere in the
 Means of keys and of values are frozen at the first block.
 
 With `latent` (DeepSeek's MLA) keys are the latent, which also serves as the values, and values the
-position part, kept as it is; a pass of several rows then reads the latent decoded, as the model
-multiplies it out anyway. All of its rows read the same, so a verify pass must not be longer than
-`rows_alike`.
+position part, kept as it is. Where mlx-lm's own attention multiplies the latent out, which it does
+where `kernels.latent` does not run it, a pass of several rows reads it decoded; all of them read
+the same, so a verify pass must not be longer than `rows_alike`.
 
 A prompt's pass is evaluated layer by layer: what one layer reads decoded is gone before the next
 one's history is, and its own rows are codes by then.
@@ -25,6 +25,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache
+
+from kernels import latent
 
 from .attention import ROWS, View
 from .side import BLOCK, WINDOW, Side, Whole
@@ -74,8 +76,8 @@ class CompressedKVCache(_BaseCache):
             view = View(self, rows, crossing)
             return view, view
         whole = self.values.dense()
-        if rows == 1:
-            return View(self, 1, 0), whole
+        if rows == 1 or (rows <= ROWS and latent.inside()):
+            return View(self, rows, crossing), whole
         return self.keys.dense(), whole
 
     def commit(self) -> None:

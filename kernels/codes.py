@@ -60,11 +60,11 @@ def attend(
     q [B, H, R, D] float32, times the scale, and the same rotated; R = groups * rows, row r of the
     pass's `rows` being r % rows. The first `coded` tokens of words count; rows from `crossing` on
     read the m ahead as codes. causal: the last row sees all columns S, each before it one less.
-    bias [rows, S] is added to scores, sinks [H * groups] are logits without a value. Returns the
-    values' sum in the rotated space and the part that isn't rotated, both [B, H, R, Dv]. Signs [D]
-    float32 of a randomised Hadamard rotation: with key_signs q is rotated here and `rotated` isn't
-    read, with value_signs the sum comes rotated back. Raises ValueError where shapes don't fit.
-    Only where `available`.
+    bias [rows, S] or [B, H, R, S] is added to scores, sinks [H * groups] are logits without a
+    value. Returns the values' sum in the rotated space and the part that isn't rotated, both
+    [B, H, R, Dv]. Signs [D] float32 of a randomised Hadamard rotation: with key_signs q is rotated
+    here and `rotated` isn't read, with value_signs the sum comes rotated back. Raises ValueError
+    where shapes don't fit. Only where `available`.
     """
     native = backend.native()
     assert native is not None

@@ -226,8 +226,8 @@ def scaled_dot_product_attention(
     """q [B, H, T, D], k and v [B, Hk, S, D]; mask: None, 'causal', or bool or additive, [T, S] or
     [B, H, T, S]."""
     if isinstance(k, latent.Heads):
-        again = partial(scaled_dot_product_attention, scale=scale, mask=mask, sinks=sinks)
-        return latent.attend(again, q, k, v, **options)  # type: ignore[arg-type]
+        again = partial(scaled_dot_product_attention, sinks=sinks)
+        return latent.attend(again, q, k, v, scale=scale, mask=mask, **options)  # type: ignore[arg-type]
     causal = isinstance(mask, str)
     array = mask if isinstance(mask, mx.array) else None
     shared = array is None or array.size == q.shape[2] * k.shape[2]

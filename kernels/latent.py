@@ -46,9 +46,12 @@ _inside = 0  # calls of those layers under way
 
 @dataclass(frozen=True)
 class Heads:
-    """What `layer` would make of latents [B, 1, S, rank] for every head, not made."""
+    """What `layer` would make of latents for every head, not made.
 
-    latents: mx.array
+    latents: [B, 1, S, rank], or what a cache gives that has an `attend` of its own.
+    """
+
+    latents: Any
     layer: nn.Module
 
 
@@ -72,11 +75,27 @@ def replaced(model: nn.Module) -> bool:
 
 
 def attend(
-    attention: Callable[..., mx.array], q: mx.array, keys: Heads, values: Heads, **options: Any
+    attention: Callable[..., mx.array],
+    q: mx.array,
+    keys: Heads,
+    values: Heads,
+    *,
+    scale: float,
+    mask: mx.array | None,
+    **options: Any,
 ) -> mx.array:
     """q [B, H, T, nope] over the latents of `keys` -> [B, H, T, Dv]; options: as `attention`'s."""
-    y = attention(_of(keys.layer)(q), keys.latents, values.latents, **options)
+    q, latents = _of(keys.layer)(q), keys.latents
+    if isinstance(latents, mx.array):
+        y = attention(q, latents, values.latents, scale=scale, mask=mask, **options)
+    else:
+        y = latents.attend(q, scale, mask)
     return _of(values.layer)(y)
+
+
+def inside() -> bool:
+    """Whether the caller is latent attention of several rows, which is run so."""
+    return _inside > 0
 
 
 def rows_of(heads: int, keys: int) -> int:
@@ -94,6 +113,8 @@ def _unmade(call: Callable[..., mx.array]) -> Callable[..., Any]:
 
     @wraps(call)
     def run(self: nn.Module, x: mx.array, transpose: bool = True) -> Any:
+        if _inside and not isinstance(x, mx.array):
+            return Heads(x, self)
         if _inside and x.ndim == 4 and x.shape[1] == 1 and self["weight"].shape[0] > 1:
             return Heads(x, self)
         return call(self, x, transpose)

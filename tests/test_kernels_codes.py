@@ -167,12 +167,22 @@ def test_masks_and_sinks() -> None:
         near(*both(cache, q, mask))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_mask_for_every_head(rows: int, isa: str) -> None:
+    """As latent attention's scores of positions are, the lowest float where nothing is seen."""
+    cache, q = held(1500, B=2), normal(3, 2, H * G, rows, 64)
+    scores = normal(4, 2, H * G, rows, 1500)
+    seen = normal(5, 2, H * G, rows, 1500) > -1
+    for mask in (scores, seen, mx.where(seen, scores, mx.finfo(mx.float32).min)):
+        near(*both(cache, q, mask))
+
+
 def test_what_the_kernel_leaves_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = held(300)
     q = normal(3, 1, H * G, 4, 64)
     sides = cache.keys, cache.values
     assert not attention.by_kernel(q.astype(mx.bfloat16), *sides, None)
-    assert not attention.by_kernel(q, *sides, mx.zeros((1, H * G, 4, 300)))
+    assert not attention.by_kernel(q, *sides, mx.zeros((1, H, 4, 300)))
     monkeypatch.setattr(backend, "native", lambda: None)
     assert not attention.by_kernel(q, *sides, None)
 

@@ -16,9 +16,12 @@ from mlx_lm.models import mla
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from kernels import fast, latent
+from cache.make import make_cache
+from cache.side import Side
+from kernels import backend, fast, latent
 
 FAMILIES = sorted({*latent.MODELS, "glm_moe_dsa", "kimi_k25", "longcat_flash_ngram"})
+SPARSE = {"deepseek_v32", "glm_moe_dsa"}  # one row gathers what it attends to, several mask it
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3]])
 OTHERS = {"mistral4": "joins positions to the keys of all heads, so it needs them made"}
 
@@ -123,6 +126,42 @@ def test_every_model_that_makes_them_is_named() -> None:
                         found[path.stem] = node.name
     assert {name: kind for name, kind in found.items() if name not in OTHERS} == latent.MODELS
     assert set(OTHERS) <= set(found)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - SPARSE))
+def test_rows_have_the_bits_of_rows_alone(family: str, tmp_path: Any) -> None:
+    if family == "bailing_hybrid":
+        pytest.skip("mlx-lm's linear attention of several rows sums in another order")
+    model = load_model(make_tiny(family, tmp_path / "m"))[0]
+    fast.install()
+    whole, alone = run(model, 16, 8), run(model, 16, *8 * [1])
+    assert mx.array_equal(whole[1], mx.concatenate(alone[1:], axis=1))
+
+
+@pytest.mark.skipif(not backend.available(), reason="the extension isn't built")
+def test_codes_of_latents_are_not_decoded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of several rows reads them as one of one does, and gives its rows' bits."""
+    changes = {"num_hidden_layers": 3, "kv_lora_rank": 64}
+    model = load_model(make_tiny("deepseek_v3", tmp_path / "m", changes=changes))[0]
+    fast.install()
+    dense = Side.dense
+    decoded: list[int] = []
+    tokens = mx.array([[(7 * i) % 90 + 1 for i in range(500)]])
+    out = []
+    for passes in ((5,), 5 * (1,)):
+        cache = make_cache(model, 4, 4)
+        mx.eval(model(tokens[:, :495], cache=cache))
+        monkeypatch.setattr(Side, "dense", lambda side: decoded.append(1) or dense(side))
+        at, rows = 495, []
+        for n in passes:
+            rows.append(model(tokens[:, at : at + n], cache=cache))
+            mx.eval(rows[-1])
+            at += n
+        out.append(mx.concatenate(rows, axis=1))
+        monkeypatch.undo()
+        assert cache[0].keys.coded >= 320
+    assert not decoded
+    assert mx.array_equal(*out)
 
 
 @pytest.mark.smoke

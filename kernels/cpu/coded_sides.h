@@ -105,6 +105,7 @@ class Source {
 struct Call {
   int B, H, R, T, first, recent, coded, ahead, crossing;
   bool causal;
+  bool bias_of_heads; // a row of columns for each of B, H and R, else for each of T
   const float *q, *rotated, *bias, *sinks, *value_signs;
 
   int columns() const {
@@ -126,8 +127,8 @@ struct Call {
   int coded_end(int r) const {
     return std::min(coded + (crossed(r) ? ahead : 0), seen(r) - first);
   }
-  const float* bias_of(int r) const {
-    return bias + int64_t(r % T) * columns();
+  const float* bias_of(int head, int r) const {
+    return bias + (bias_of_heads ? int64_t(head) * R + r : int64_t(r % T)) * columns();
   }
 };
 

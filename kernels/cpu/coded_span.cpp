@@ -79,7 +79,7 @@ class CodedSpan {
     const float lift = attend_steps().dot(q, keys_.mean(head_), keys_.n());
     code_steps().place(row, end, key_scales_, lift);
     if (call_.bias != nullptr) {
-      attend_steps().place(row, end, 1.0f, call_.bias_of(first_ + r) + call_.first + from_);
+      attend_steps().place(row, end, 1.0f, call_.bias_of(head_, first_ + r) + call_.first + from_);
     }
     attend_steps().soften(row, end, all, top, total);
   }
@@ -157,7 +157,7 @@ void run_raw(
       continue;
     }
     if (call.bias != nullptr) {
-      const float* bias = call.bias_of(first + r);
+      const float* bias = call.bias_of(head, first + r);
       const int early = std::clamp(call.first - from, 0, end); // columns of the first tokens
       steps.place(row, early, 1.0f, bias + from);
       steps.place(row + early, end - early, 1.0f, bias + call.coded + from + early);

@@ -109,7 +109,10 @@ std::vector<mx::array> attend_codes(
           values.ahead_words.shape(2) == call.ahead,
       "attend_codes: keys and values differ in length");
   check(!causal || rows <= call.columns(), "attend_codes: more rows than columns");
-  check(!bias || bias->shape() == mx::Shape{rows, call.columns()}, "attend_codes: the bias doesn't fit");
+  call.bias_of_heads = bias && bias->shape() == mx::Shape{call.B, call.H, call.R, call.columns()};
+  check(
+      !bias || call.bias_of_heads || bias->shape() == mx::Shape{rows, call.columns()},
+      "attend_codes: the bias doesn't fit");
   check(!sinks || sinks->shape() == mx::Shape{call.H * (call.R / rows)}, "attend_codes: the sinks don't fit");
   Arrays inputs{q, rotated};
   for (const CodedSide* side : {&keys, &values}) {
