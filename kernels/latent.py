@@ -11,6 +11,7 @@ are the same in another order. Rows whose scores would take more than `query_blo
 blocks, one after the other, as a prompt in shorter passes would, but for this layer alone. The
 models' code stays mlx-lm's: `places` puts in what calls it by blocks, and a `Heads` for the keys
 and values of all heads, which `kernels.fast.scaled_dot_product_attention` knows what to do with.
+What the cache gives as positions multiplies by our kernel (`Positions`), for one row as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import mla
 
+from . import backend
 from .query_blocks import rows_at_once
+from .weights import float32
 
 LEAST = 32  # rows of a block: every block reads the layer's weights
 # mlx-lm's attention whose cache holds latents and which scores positions apart from them
@@ -39,6 +42,7 @@ MODELS = {
     "kimi_linear": "KimiMLAAttention",
     "longcat_flash": "LongcatFlashMLA",
 }
+INDEXED = frozenset({"deepseek_v32"})  # gathers latents and positions before it multiplies
 _MULTI = {kind: kind.__call__ for kind in (mla.MultiLinear, mla.QuantizedMultiLinear)}
 _originals: dict[type, Callable[..., mx.array]] = {}
 _inside = 0  # calls of those layers under way
@@ -55,6 +59,48 @@ class Heads:
     layer: nn.Module
 
 
+class Positions(mx.array):
+    """The position part of keys [B, 1, S, D]; `swapaxes` turns it to be multiplied with queries."""
+
+    def swapaxes(self, axis1: int, axis2: int, *, stream: Any = None) -> mx.array:
+        turned = Turned(super().swapaxes(axis1, axis2, stream=stream))
+        turned.rows = self
+        return turned
+
+
+class Turned(mx.array):
+    """`Positions` [B, 1, D, S]: q [B, H, T, D] @ it is [B, H, T, S].
+
+    MLX's product on the CPU has one thread, and nothing says that a row's bits do not depend on
+    how many come with it. Ours reads rows as they lie.
+    """
+
+    rows: mx.array
+
+    def __rmatmul__(self, q: mx.array) -> mx.array:
+        keys = self.rows
+        if keys.shape[0] > 1 or not backend.available() or not float32(q, keys):
+            return mx.matmul(q, self)
+        native = backend.native()
+        assert native is not None
+        scores = native.linear(q.reshape(-1, q.shape[-1]), keys.reshape(-1, keys.shape[-1]))
+        return scores.reshape(*q.shape[:-1], -1)  # type: ignore[no-any-return]
+
+
+class _Cache:
+    """A layer's cache that gives `Positions`."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def update_and_fetch(self, latents: mx.array, positions: mx.array) -> tuple[Any, mx.array]:
+        latents, positions = self._cache.update_and_fetch(latents, positions)
+        return latents, Positions(positions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
 def places() -> list[tuple[Any, str, Any]]:
     """(owner, name, replacement), of the families loaded so far."""
     found: list[tuple[Any, str, Any]] = [
@@ -64,7 +110,8 @@ def places() -> list[tuple[Any, str, Any]]:
         module = sys.modules.get(f"mlx_lm.models.{family}")
         if module is not None:
             kind = getattr(module, name)
-            found.append((kind, "__call__", _blocked(_originals.setdefault(kind, kind.__call__))))
+            call = _originals.setdefault(kind, kind.__call__)
+            found.append((kind, "__call__", _blocked(call, family not in INDEXED)))
     return found
 
 
@@ -123,8 +170,9 @@ def _unmade(call: Callable[..., mx.array]) -> Callable[..., Any]:
 
 
 @cache
-def _blocked(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The attention's call, with latents left as they are, a block of rows at a time."""
+def _blocked(call: Callable[..., mx.array], positions: bool) -> Callable[..., mx.array]:
+    """The attention's call, with latents left as they are, a block of rows at a time; positions:
+    whether what the cache gives of them is multiplied and nothing else."""
 
     @wraps(call)
     def run(
@@ -132,6 +180,8 @@ def _blocked(call: Callable[..., mx.array]) -> Callable[..., mx.array]:
     ) -> mx.array:
         global _inside
         rows = x.shape[1]
+        if cache is not None and positions:
+            cache = _Cache(cache)
         if rows == 1:
             return call(self, x, mask, cache)
         array = isinstance(mask, mx.array) and mask.ndim > 1 and mask.shape[-2] == rows

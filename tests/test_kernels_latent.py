@@ -21,6 +21,7 @@ from cache.side import Side
 from kernels import backend, fast, latent
 
 FAMILIES = sorted({*latent.MODELS, "glm_moe_dsa", "kimi_k25", "longcat_flash_ngram"})
+NATIVE = pytest.mark.skipif(not backend.available(), reason="the extension isn't built")
 SPARSE = {"deepseek_v32", "glm_moe_dsa"}  # one row gathers what it attends to, several mask it
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3]])
 OTHERS = {"mistral4": "joins positions to the keys of all heads, so it needs them made"}
@@ -138,7 +139,7 @@ def test_rows_have_the_bits_of_rows_alone(family: str, tmp_path: Any) -> None:
     assert mx.array_equal(whole[1], mx.concatenate(alone[1:], axis=1))
 
 
-@pytest.mark.skipif(not backend.available(), reason="the extension isn't built")
+@NATIVE
 def test_codes_of_latents_are_not_decoded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of several rows reads them as one of one does, and gives its rows' bits."""
     changes = {"num_hidden_layers": 3, "kv_lora_rank": 64}
@@ -165,6 +166,21 @@ def test_codes_of_latents_are_not_decoded(tmp_path: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scores_of_positions(batch: int) -> None:
+    rng = np.random.default_rng(batch)
+    q, k = (rng.standard_normal((batch, n, m, 24)).astype(np.float32) for n, m in ((3, 5), (1, 70)))
+    turned = latent.Positions(mx.array(k)).swapaxes(-1, -2)
+    got = mx.array(q) @ turned
+    want = q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2)
+    assert got.shape == want.shape
+    assert np.abs(np.array(got) - want).max() <= 1e-6 * np.abs(want).max()
+    if backend.available() and batch == 1:
+        assert mx.array_equal(mx.array(q[:, :, :1]) @ turned, got[:, :, :1])
+
+
+@pytest.mark.smoke
+@NATIVE
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_products_of_a_matrix_for_every_head(bits: int, rows: int) -> None:
