@@ -231,7 +231,7 @@ def measure(products: list[Linear | Routed], rounds: int) -> list[Measured]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="kernels.bench", description="Measure the CPU kernels.")
-    p.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    p.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), default=4)
     p.add_argument("--rounds", type=int, default=20)
     p.add_argument("--quick", action="store_true", help="5 rounds, few experts and a short head")
     return p

@@ -4,6 +4,7 @@
 
 #include "buffers.h"
 #include "pool.h"
+#include "spread.h"
 
 namespace streamer {
 namespace {
@@ -14,6 +15,8 @@ namespace {
 constexpr int64_t task_bytes = 64 << 10;
 constexpr int64_t tasks_each = 8;
 constexpr int64_t parallel_work = 1 << 17;
+// Bytes of spread weights that one part takes before the next ones: well within a first-level cache.
+constexpr int64_t spread_bytes = 12 << 10;
 
 int64_t row_bytes(const Matrix& A) {
   return std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
@@ -23,6 +26,15 @@ int64_t row_bytes(const Matrix& A) {
 int64_t step_of(const Matrix& A, int64_t bytes) {
   const int64_t each = std::min(task_bytes, bytes / (tasks_each * threads()));
   return std::max<int64_t>(each / row_bytes(A) / 24 * 24, 24);
+}
+
+// Rows [begin, end) spread, in this thread's memory: where row 0 would lie.
+const void* spread_rows(const Matrix& A, int64_t begin, int64_t end) {
+  const int64_t each = row_bytes(spread(A));
+  auto* to = reinterpret_cast<uint8_t*>(workspace(3, (end - begin) * each / 4));
+  const auto* from = static_cast<const uint8_t*>(A.w) + begin * row_bytes(A);
+  spread(from, A.bits, (end - begin) * A.K, to);
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
 }
 
 } // namespace
@@ -44,6 +56,7 @@ void add_product(
     std::vector<Part>& parts,
     std::vector<Product>& products) {
   Product product{A, static_cast<int>(parts.size()), 0};
+  const Matrix form = spread(A);
   // Experts chosen by the same rows come one after another: looking far back finds no more.
   const size_t look = packs.size() > 8 ? packs.size() - 8 : 0;
   for (size_t i = 0; i < x.size(); i += max_rows) {
@@ -51,10 +64,10 @@ void add_product(
     size_t found = look;
     for (; found < packs.size(); ++found) {
       const Pack& pack = packs[found];
-      if (pack.M == M && same_packing(pack.A, A) && std::equal(pack.x, pack.x + M, &x[i])) break;
+      if (pack.M == M && same_packing(pack.A, form) && std::equal(pack.x, pack.x + M, &x[i])) break;
     }
     if (found == packs.size()) {
-      Pack pack{A, M, {}};
+      Pack pack{form, M, {}};
       std::copy_n(&x[i], M, pack.x);
       packs.push_back(pack);
     }
@@ -109,12 +122,18 @@ void multiply_batch(
     const Matrix& A = product.A;
     const int64_t begin = int64_t(task - first[i]) * steps[i];
     const int64_t end = std::min<int64_t>(A.N, begin + steps[i]);
-    float* scratch = workspace(1, kernel.scratch(A));
-    for (int64_t tile = begin; tile < end; tile += max_tile) {
-      const int64_t stop = std::min<int64_t>(end, tile + max_tile);
+    Matrix form = spread(A);
+    float* scratch = workspace(1, kernel.scratch(form));
+    int64_t tall = max_tile;
+    if (is_spread(A) && product.end - product.begin == 1) {
+      tall = std::clamp<int64_t>(spread_bytes / row_bytes(form) / 4 * 4, 4, max_tile);
+    }
+    for (int64_t tile = begin; tile < end; tile += tall) {
+      const int64_t stop = std::min<int64_t>(end, tile + tall);
+      if (is_spread(A)) form.w = spread_rows(A, tile, stop);
       for (int p = product.begin; p < product.end; ++p) {
         const Part& part = parts[p];
-        kernel.run(A, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
+        kernel.run(form, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
                    static_cast<int>(tile), static_cast<int>(stop));
       }
     }

@@ -23,6 +23,7 @@ struct Matrix {
   int N, K, bits, group;
   Format format;
   Scale scale; // type of scales and biases, or of w when dense
+  int middle = 8; // of affine nibbles: sums of floats count from there, so that they stay small
 };
 
 struct Rows {

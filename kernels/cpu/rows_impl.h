@@ -2,8 +2,8 @@
 //
 // Nibbles (affine 4 bits, mxfp4): lane i of a block holds word i, eight weights, so a shift gives
 // one weight a lane and rows are packed to match. Groups are summed before they are scaled,
-// sum(s * (q - 8) * x) = s * sum((q - 8) * x), and biases meet the sums of x by group once a row.
-// Bytes (8 bits; 2, 3, 5 and 6 after unpacking): weights in their order, q * s + b in one FMA.
+// sum(s * (q - c) * x) = s * sum((q - c) * x), and biases meet the sums of x by group once a row.
+// Bytes (8 bits): weights in their order, q * s + b in one FMA. Other widths come spread (spread.h).
 // Dense: weights as they are.
 #pragma once
 
@@ -49,7 +49,7 @@ int64_t packed(const Matrix& A, int M) {
 template <class V>
 int64_t scratch(const Matrix& A) {
   Layout<V> L(A);
-  return max_tile * max_rows * V::W + V::max_block * (2 * L.groups() + rounded(A.K / 4 + 16, 16));
+  return max_tile * max_rows * V::W + V::max_block * 2 * L.groups();
 }
 
 // Columns taken at a time, so that M packed rows of them stay in the first-level cache. A multiple
@@ -176,11 +176,11 @@ void nibble_rows(
       widen<V>(A.biases, A.scale, (n + r) * L.G, L.G, room, biases + r * room);
     }
     const float* of_x = x + M * L.blocks * W * 8;
-    const F eight = V::set1(8.0f);
+    const F middle = V::set1(static_cast<float>(A.middle));
     for (int64_t g = 0; g < L.sums; g += W) {
       F b[R];
       for (int r = 0; r < R; ++r) {
-        b[r] = V::fma(eight, V::load(scales + r * room + g), V::load(biases + r * room + g));
+        b[r] = V::fma(middle, V::load(scales + r * room + g), V::load(biases + r * room + g));
       }
       for (int m = 0; m < M; ++m) {
         F sum = V::load(of_x + m * L.sums + g);
@@ -188,7 +188,7 @@ void nibble_rows(
       }
     }
   }
-  const auto table = V::table(A.format == Format::mxfp4 ? fp4_halves : centred);
+  const auto table = V::table(A.format == Format::mxfp4 ? fp4_halves : centred + 8 - A.middle);
   const int per_group = A.group / 8;
   const auto lanes = V::lanes(per_group);
   const int64_t last = rounded(end, 8 * W) / (8 * W);
@@ -226,22 +226,14 @@ void byte_rows(
   using F = typename V::F;
   constexpr int W = V::W;
   const Layout<V> L(A);
-  const int64_t row_bytes = L.K * A.bits / 8;
   const int64_t first = begin / A.group, groups = (end - begin) / A.group;
   const int64_t room = L.groups();
   const uint8_t* q[R];
   for (int r = 0; r < R; ++r) {
     const int64_t at = (n + r) * L.G + first;
-    q[r] = static_cast<const uint8_t*>(A.w) + (n + r) * row_bytes + begin * A.bits / 8;
+    q[r] = static_cast<const uint8_t*>(A.w) + (n + r) * L.K + begin;
     widen<V>(A.scales, A.scale, at, groups, groups, scratch + r * room);
     widen<V>(A.biases, A.scale, at, groups, groups, scratch + (R + r) * room);
-  }
-  if (A.bits != 8) {
-    auto* bytes = reinterpret_cast<uint8_t*>(scratch + 2 * R * room);
-    for (int r = 0; r < R; ++r, bytes += rounded(L.K, 64)) {
-      unpack(q[r], A.bits, end - begin, bytes);
-      q[r] = bytes;
-    }
   }
   F acc[R][M];
   resume<V, R, M>(sums, begin == 0, acc);
@@ -251,7 +243,7 @@ void byte_rows(
     for (int r = 0; r < R; ++r) {
       s[r] = V::set1(scratch[r * room + g]);
       b[r] = V::set1(scratch[(R + r) * room + g]);
-      if (A.bits == 8) __builtin_prefetch(q[r] + R * row_bytes + g * A.group);
+      __builtin_prefetch(q[r] + R * L.K + g * A.group);
     }
     for (int i = 0; i < A.group; i += W, x += M * W) {
       F w[R];

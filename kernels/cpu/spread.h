@@ -1,0 +1,21 @@
+// Weights of 2, 3, 5 and 6 bits as the kernels take them: 2 and 3 as nibbles, 5 and 6 as bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace streamer {
+
+// The matrix as the kernels see it: of 4 or 8 bits where it has 2, 3, 5 or 6, else as it is.
+Matrix spread(const Matrix& matrix);
+
+inline bool is_spread(const Matrix& matrix) {
+  return matrix.format != Format::dense && matrix.bits != 4 && matrix.bits != 8;
+}
+
+// `count` weights of `bits` bits, lowest bits first, as nibbles or bytes in the same order. A
+// multiple of 16; nothing is read beyond them.
+void spread(const uint8_t* from, int bits, int64_t count, uint8_t* to);
+
+} // namespace streamer
