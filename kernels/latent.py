@@ -132,12 +132,12 @@ def attend(
     **options: Any,
 ) -> mx.array:
     """q [B, H, T, nope] over the latents of `keys` -> [B, H, T, Dv]; options: as `attention`'s."""
-    q, latents = _of(keys.layer)(q), keys.latents
+    q, latents = keys.layer(q), keys.latents
     if isinstance(latents, mx.array):
         y = attention(q, latents, values.latents, scale=scale, mask=mask, **options)
     else:
         y = latents.attend(q, scale, mask)
-    return _of(values.layer)(y)
+    return values.layer(y)  # type: ignore[no-any-return]
 
 
 def inside() -> bool:
@@ -148,10 +148,6 @@ def inside() -> bool:
 def rows_of(heads: int, keys: int) -> int:
     """Rows of a block over `keys` tokens."""
     return max(LEAST, rows_at_once(heads, keys))
-
-
-def _of(layer: nn.Module) -> Callable[[mx.array], mx.array]:
-    return _MULTI[type(layer)].__get__(layer)  # type: ignore[no-any-return]
 
 
 @cache
