@@ -20,6 +20,7 @@ PUBLISHED = {
     "qwen3-next-80b-a3b": 44.8,
     "qwen3-30b-a3b": 17.2,
     "glm-4.5-air": 60.1,
+    "glm-4.7-flash": 16.9,
     "deepseek-v3": 378.0,
     "gpt-oss-120b": 65.7,
     "gpt-oss-20b": 11.8,
