@@ -7,7 +7,8 @@
 
 Every owner is measured on its own: weights and caches by their arrays, the workspace by
 what MLX holds beyond them, free buffers by what MLX and malloc keep for later, the runtime
-by what the process held besides when the model was loaded and by how its heap grew since.
+by what the process held besides when the model was loaded and by how its heap and the pages of
+its files (code run for the first time) grew since.
 That they add up to the footprint is therefore a check, not a definition.
 
 The page cache of the checkpoint's files is the system's, lies outside of the footprint and
@@ -34,10 +35,10 @@ from .opened import in_head, trunk_parameters
 OWNERS = ("runtime", "trunk", "head", "pool", "kv", "workspace", "free")
 PERIOD = 0.02  # seconds between samples, at first
 SHARE = 0.003  # of the time: the period is longer where a sample takes long
-HEAP_EVERY = 10  # samples for each walk over malloc's free blocks, which is slow
+HEAP_EVERY = 10  # samples at most for each walk over malloc's free blocks, which is slow
 MOST = 480  # samples kept: past it every other one goes and the period doubles
 SETTLING = 0.02  # seconds in which a new thread slows those beside it, before the run
-STEADY = 0.01  # a sample during which the footprint changed by more is taken again
+STEADY = 0.01  # a footprint that changed by more is looked into anew
 TRIES = 5
 CACHESTAT = 451  # the system call, on every Linux architecture
 CACHE_SHARE = 0.001  # of the time may go into asking for the page cache
@@ -73,17 +74,20 @@ class Ledger:
         self._asked = 0
         self._look()
         self._base, self._base_free = self._other, self._heap_free
+        self._base_files = self._footprint.files()
         self._runtime = footprint() - mx.get_active_memory() - mx.get_cache_memory()
 
     def _look(self) -> None:
         """What malloc gave out to others than MLX, and what it keeps."""
         heap = _heap()
+        self._looked = self._footprint()
         self._other = heap.used - mx.get_active_memory() - mx.get_cache_memory()
         self._heap_free = heap.free
 
     def sample(self, seconds: float) -> Sample:
         """Taken again while a pass moves memory under it."""
-        if self._asked % HEAP_EVERY == 0:
+        moved = abs(self._footprint() - self._looked) > STEADY * self._looked
+        if moved or self._asked % HEAP_EVERY == 0:
             self._look()
         self._asked += 1
         for _ in range(TRIES):
@@ -99,7 +103,9 @@ class Ledger:
         kv = sum(cache.nbytes for cache in self._caches())
         known = sum(self._fixed.values()) + kv
         return {
-            "runtime": self._runtime + self._other - self._base,
+            "runtime": self._runtime
+            + (self._other - self._base)
+            + (self._footprint.files() - self._base_files),
             **self._fixed,
             "kv": kv,
             "workspace": max(0, active - known),
@@ -162,9 +168,14 @@ class _Footprint:
             self._fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
     def __call__(self) -> int:
-        if self._fd < 0:
-            return footprint()
-        return int(os.pread(self._fd, 128, 0).split()[1]) * PAGE
+        return footprint() if self._fd < 0 else self._pages(1)
+
+    def files(self) -> int:
+        """The part of it that lies in files: libraries and interpreter; 0 where nothing says so."""
+        return 0 if self._fd < 0 else self._pages(2)
+
+    def _pages(self, field: int) -> int:
+        return int(os.pread(self._fd, 128, 0).split()[field]) * PAGE
 
     def __del__(self) -> None:
         if self._fd >= 0:
