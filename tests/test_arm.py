@@ -32,7 +32,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = runpy.run_path(str(ROOT / "setup.py"))["flags"]
     kernels = ROOT / "kernels" / "cpu"
     sources = [ROOT / "tests" / "arm" / "products.cpp"]
-    sources += [kernels / f"rows_{name}.cpp" for name in SETS]
+    sources += [kernels / "spread.cpp", *(kernels / f"rows_{name}.cpp" for name in SETS)]
     running = []
     for source in sources:
         wanted = [flag for flag in flags(str(source)) if flag != "-O3"]

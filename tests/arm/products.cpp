@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "spread.h"
 #include "unpack.h"
 
 using namespace streamer;
@@ -22,8 +23,8 @@ struct Form {
 constexpr Form forms[] = {
     {Format::affine, 4, 32}, {Format::affine, 4, 64}, {Format::affine, 4, 128},
     {Format::affine, 8, 32}, {Format::affine, 8, 64}, {Format::affine, 8, 128},
-    {Format::affine, 3, 64}, {Format::affine, 6, 32}, {Format::mxfp4, 4, 32},
-    {Format::dense, 32, 0},
+    {Format::affine, 2, 64}, {Format::affine, 3, 64}, {Format::affine, 5, 128},
+    {Format::affine, 6, 32}, {Format::mxfp4, 4, 32},  {Format::dense, 32, 0},
 };
 constexpr int M = max_rows, N = 11;
 
@@ -40,9 +41,9 @@ struct Floats {
   }
 };
 
-// Weights as they are stored, and as doubles.
+// Weights as they are stored, spread where the kernels take them so, and as doubles.
 struct Weights {
-  std::vector<uint8_t> bytes;
+  std::vector<uint8_t> bytes, apart;
   std::vector<float> scales, biases;
   std::vector<uint8_t> exponents;
   std::vector<double> wide;
@@ -76,6 +77,12 @@ struct Weights {
     const bool mx = form.format == Format::mxfp4;
     A = {bytes.data(), mx ? static_cast<void*>(exponents.data()) : scales.data(), biases.data(), N,
          K, form.bits, form.group, form.format, Scale::f32};
+    if (is_spread(A)) {
+      A = spread(A);
+      apart.resize(int64_t(N) * K * A.bits / 8);
+      spread(bytes.data(), form.bits, int64_t(N) * K, apart.data());
+      A.w = apart.data();
+    }
   }
 };
 
