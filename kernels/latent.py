@@ -59,12 +59,16 @@ class Heads:
     layer: nn.Module
 
 
-class Positions(mx.array):
-    """The position part of keys [B, 1, S, D]; `swapaxes` turns it to be multiplied with queries."""
+@dataclass(frozen=True)
+class Positions:
+    """The position part `rows` of keys [B, 1, S, D], of which models only ask to be turned."""
 
-    def swapaxes(self, axis1: int, axis2: int, *, stream: Any = None) -> mx.array:
-        turned = Turned(super().swapaxes(axis1, axis2, stream=stream))
-        turned.rows = self
+    rows: mx.array
+
+    def swapaxes(self, axis1: int, axis2: int) -> mx.array:
+        """Of the last two."""
+        turned = Turned(0.0)
+        turned.rows = self.rows
         return turned
 
 
@@ -72,7 +76,8 @@ class Turned(mx.array):
     """`Positions` [B, 1, D, S]: q [B, H, T, D] @ it is [B, H, T, S].
 
     MLX's product on the CPU has one thread, and nothing says that a row's bits do not depend on
-    how many come with it. Ours reads rows as they lie.
+    how many come with it. Ours reads rows as they lie. An array, and of nothing, since an array's
+    operators take arrays only and an array made of another is a copy.
     """
 
     rows: mx.array
@@ -80,7 +85,7 @@ class Turned(mx.array):
     def __rmatmul__(self, q: mx.array) -> mx.array:
         keys = self.rows
         if keys.shape[0] > 1 or not backend.available() or not float32(q, keys):
-            return mx.matmul(q, self)
+            return mx.matmul(q, keys.swapaxes(-1, -2))
         native = backend.native()
         assert native is not None
         scores = native.linear(q.reshape(-1, q.shape[-1]), keys.reshape(-1, keys.shape[-1]))
@@ -93,7 +98,7 @@ class _Cache:
     def __init__(self, cache: Any):
         self._cache = cache
 
-    def update_and_fetch(self, latents: mx.array, positions: mx.array) -> tuple[Any, mx.array]:
+    def update_and_fetch(self, latents: mx.array, positions: mx.array) -> tuple[Any, Positions]:
         latents, positions = self._cache.update_and_fetch(latents, positions)
         return latents, Positions(positions)
 
@@ -156,9 +161,8 @@ def _unmade(call: Callable[..., mx.array]) -> Callable[..., Any]:
 
     @wraps(call)
     def run(self: nn.Module, x: mx.array, transpose: bool = True) -> Any:
-        if _inside and not isinstance(x, mx.array):
-            return Heads(x, self)
-        if _inside and x.ndim == 4 and x.shape[1] == 1 and self["weight"].shape[0] > 1:
+        latents = not isinstance(x, mx.array) or (x.ndim == 4 and x.shape[1] == 1)
+        if _inside and latents and self["weight"].shape[0] > 1:
             return Heads(x, self)
         return call(self, x, transpose)
 

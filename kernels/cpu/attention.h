@@ -11,9 +11,9 @@ namespace streamer {
 namespace mx = mlx::core;
 
 // q [B, H, T, D], k [B, Hk, S, D], v [B, Hk, S, Dv] -> [B, H, T, Dv], float32. causal: the last row
-// sees all S, each row before it one less. bias [T, S] or [B, H, T, S]: added to the scores. sinks [H]: logits that
-// take weight and give no value. Keys and values are read once for all the rows of a few that share
-// them. Throws std::invalid_argument where shapes or types don't fit.
+// sees all S, each row before it one less. bias [T, S] or [B, H, T, S]: added to the scores. sinks
+// [H]: logits that take weight and give no value. Keys and values are read once for all the rows of
+// a few that share them. Throws std::invalid_argument where shapes or types don't fit.
 mx::array attention(
     const mx::array& q,
     const mx::array& k,
