@@ -7,8 +7,7 @@ pays like one of two thousand. They also make the scores of all rows at once.
 
 Here every pass goes the way of one row: queries are taken to the latents' space (`embed_q`), the
 latents are keys and values of all heads, and what comes out is taken back (`unembed_out`). The sums
-are the same in another order. Rows whose scores would take more than `query_blocks.SCORES` go in
-blocks, one after the other, as a prompt in shorter passes would, but for this layer alone. The
+are the same in another order. Rows whose scores would take more than `SCORES` go in blocks, one after the other, as a prompt in shorter passes would, but for this layer alone. The
 models' code stays mlx-lm's: `places` puts in what calls it by blocks, and a `Heads` for the keys
 and values of all heads, which `kernels.fast.scaled_dot_product_attention` knows what to do with.
 What the cache gives as positions multiplies by our kernel (`Positions`), for one row as well.
@@ -30,7 +29,7 @@ from . import backend
 from .query_blocks import rows_at_once
 from .weights import float32
 
-LEAST = 32  # rows of a block: every block reads the layer's weights
+SCORES = 32 << 20  # bytes of scores at once, copies included: blocks of 16 rows cost no time yet
 # mlx-lm's attention whose cache holds latents and which scores positions apart from them
 MODELS = {
     "bailing_hybrid": "MultiLatentAttention",
@@ -152,7 +151,7 @@ def inside() -> bool:
 
 def rows_of(heads: int, keys: int) -> int:
     """Rows of a block over `keys` tokens."""
-    return max(LEAST, rows_at_once(heads, keys))
+    return rows_at_once(heads, keys, SCORES)
 
 
 @cache

@@ -35,7 +35,7 @@ def by_blocks(
     mask: None, 'causal', or bool or additive, broadcast to [B, H, T, S]. Blocks are evaluated.
     """
     queries, keys = q.shape[2], k.shape[2]
-    rows = rows_at_once(q.shape[0] * q.shape[1], keys)
+    rows = rows_at_once(q.shape[0] * q.shape[1], keys, SCORES)
     if queries <= rows or (is_fused(q.shape[3]) and q.shape[3] == v.shape[3]):
         return attention(q, k, v, scale=scale, mask=mask, **options)
     outputs = []
@@ -56,9 +56,9 @@ def by_blocks(
     return mx.concatenate(outputs, axis=2)
 
 
-def rows_at_once(heads: int, keys: int) -> int:
-    """Queries whose scores, of `heads` in all, are within `SCORES`; eight at least."""
-    return max(8, SCORES // (4 * COPIES * heads * max(1, keys)) // 8 * 8)
+def rows_at_once(heads: int, keys: int, scores: int) -> int:
+    """Queries whose scores, of `heads` in all, are within `scores` bytes; eight at least."""
+    return max(8, scores // (4 * COPIES * heads * max(1, keys)) // 8 * 8)
 
 
 def is_fused(width: int) -> bool:

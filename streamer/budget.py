@@ -108,8 +108,8 @@ def _scores(opened: Opened, chunk: int, context: int) -> int:
     kernel makes them, all where a model does by itself."""
     heads = opened.text("num_attention_heads", 32)
     made = COPIES * 4 * heads * context
-    masks = 9 * chunk * context
     if opened.over_latents:  # a block's queries and outputs, in the latents' space and in theirs
+        masks = 2 * chunk * context  # bool, and a block's part of it
         rows = min(chunk, latent.rows_of(heads, context))
         wide = 3 * opened.text("kv_lora_rank", 512) + 2 * _widths(opened)
         return masks + rows * (made + 4 * heads * wide)
@@ -118,7 +118,8 @@ def _scores(opened: Opened, chunk: int, context: int) -> int:
     width = opened.text("head_dim", opened.text("hidden_size", 4096) // heads)
     mine = backend.available() or is_fused(width)
     windows = any(opened.text(key, 0) for key in WINDOWS)
-    return (masks if windows else 0) + (0 if mine else min(chunk * made, SCORES))
+    masks = 9 * chunk * context if windows else 0
+    return masks + (0 if mine else min(chunk * made, SCORES))
 
 
 def _expanded(opened: Opened) -> int:

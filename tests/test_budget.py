@@ -206,7 +206,7 @@ def test_latent_rows_grow_to_keys_of_every_head(tmp_path: Path) -> None:
         assert opened.over_latents == (family == "deepseek_v3")
         more = chunk_workspace(opened, 16, 512) - chunk_workspace(opened, 16, 256)
         scores = 256 * 16 * 12 * heads * (grows or opened.over_latents)
-        scores += 256 * 16 * 9 * opened.over_latents
+        scores += 256 * 16 * 2 * opened.over_latents
         scores += 256 * 16 * 12 * heads * (family == "deepseek_v2" and not backend.available())
         copied = opened.growth_bytes(512, 16) - opened.growth_bytes(256, 16)
         assert copied == 256 * opened.cache_row
