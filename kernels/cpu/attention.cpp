@@ -30,7 +30,7 @@ void run_span(
   const float *q = call.q + (int64_t(head) * call.R + first) * D,
               *k = call.k + b * call.k_strides[0] + h * call.k_strides[1] + from * call.k_strides[2],
               *v = call.v + b * call.v_strides[0] + h * call.v_strides[1] + from * call.v_strides[2];
-  float* s = workspace(2, int64_t(rows) * step);
+  float* s = workspace(Use::step, int64_t(rows) * step);
   for (int j = 0; j < count; j += steps.tile) {
     steps.scores(q, rows, k + j * call.k_strides[2], call.k_strides[2], std::min(steps.tile, count - j), D, s + j);
   }

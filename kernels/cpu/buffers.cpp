@@ -40,9 +40,9 @@ const void* row_major(const mlx::core::array& a, std::vector<std::shared_ptr<cha
   return copy.get();
 }
 
-float* workspace(int slot, int64_t count) {
-  static thread_local Block blocks[3];
-  Block& block = blocks[slot];
+float* workspace(Use use, int64_t count) {
+  static thread_local Block blocks[static_cast<int>(Use::step) + 1];
+  Block& block = blocks[static_cast<int>(use)];
   if (block.count < count) {
     ::operator delete(block.data, std::align_val_t(64));
     block.data = nullptr;

@@ -7,7 +7,7 @@ namespace {
 
 // Of `count` values those that meet an index's bytes where these are digits of one channel.
 const float* digits_of(const float* q, int count) {
-  float* to = workspace(2, 2 * int64_t(count));
+  float* to = workspace(Use::step, 2 * int64_t(count));
   for (int i = 0; i < count; ++i) {
     to[2 * i] = radix * q[i];
     to[2 * i + 1] = q[i];
@@ -29,7 +29,7 @@ class CodedSpan {
       room = std::max<int64_t>(
           room, side->bytes() ? side->bytes()->room(rows, side->spread()) : most_tile * side->n() * sizeof(float));
     }
-    scores_ = workspace(2, int64_t(rows) * step + 2 * span + room / 4 + 16);
+    scores_ = workspace(Use::step, int64_t(rows) * step + 2 * span + room / 4 + 16);
     key_scales_ = scores_ + int64_t(rows) * step;
     value_scales_ = key_scales_ + span;
     room_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(value_scales_ + span) + 63) / 64 * 64);
@@ -144,7 +144,7 @@ void run_raw(
   std::fill(y, y + int64_t(rows) * values.n(), 0.0f);
   std::fill(totals, totals + rows, 0.0f);
   if (count == 0) return;
-  float* s = workspace(2, int64_t(rows) * step);
+  float* s = workspace(Use::step, int64_t(rows) * step);
   const float* q = call.q + (int64_t(head) * call.R + first) * n;
   keys.raw(head, from, count, steps.tile, [&](const float* k, int64_t stride, int begin, int here) {
     steps.scores(q, rows, k, stride, here, n, s + begin);
@@ -187,7 +187,7 @@ void in_order(const Source& values, const float* sum, float* out) {
   } else if (values.spread() == n) {
     values.bytes()->in_order(sum, n, out);
   } else {
-    float* digits = workspace(2, values.spread());
+    float* digits = workspace(Use::step, values.spread());
     values.bytes()->in_order(sum, values.spread(), digits);
     for (int c = 0; c < n; ++c) out[c] = radix * digits[2 * c] + digits[2 * c + 1];
   }

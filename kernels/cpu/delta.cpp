@@ -78,7 +78,7 @@ void gate_rows(
     float* y) {
   constexpr int64_t part = 16;
   each(static_cast<int>((count + part - 1) / part), count * n * 8, [&](int task) {
-    float* scaled = workspace(2, n);
+    float* scaled = workspace(Use::step, n);
     for (int64_t r = task * part; r < std::min(count, (task + 1) * part); ++r) {
       steps().norm(x(r), w, eps, 1.0f, n, scaled);
       std::copy_n(gate(r), n, y + r * n);

@@ -31,7 +31,7 @@ int64_t step_of(const Matrix& A, int64_t bytes) {
 // Rows [begin, end) spread, in this thread's memory: where row 0 would lie.
 const void* spread_rows(const Matrix& A, int64_t begin, int64_t end) {
   const int64_t each = row_bytes(spread(A));
-  auto* to = reinterpret_cast<uint8_t*>(workspace(3, (end - begin) * each / 4));
+  auto* to = reinterpret_cast<uint8_t*>(workspace(Use::weights, (end - begin) * each / 4));
   const auto* from = static_cast<const uint8_t*>(A.w) + begin * row_bytes(A);
   spread(from, A.bits, (end - begin) * A.K, to);
   return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
@@ -98,7 +98,7 @@ void multiply_batch(
     starts.push_back(starts.back() + (kernel.packed(packs[i].A, packs[i].M) + 15) / 16 * 16);
     cells += int64_t(packs[i].M) * packs[i].A.K;
   }
-  float* packed = workspace(0, starts.back());
+  float* packed = workspace(Use::packed, starts.back());
   auto pack = [&](int i) {
     const Pack& from = packs[low + i];
     kernel.pack(from.A, from.M, from.x, packed + starts[i]);
@@ -123,7 +123,7 @@ void multiply_batch(
     const int64_t begin = int64_t(task - first[i]) * steps[i];
     const int64_t end = std::min<int64_t>(A.N, begin + steps[i]);
     Matrix form = spread(A);
-    float* scratch = workspace(1, kernel.scratch(form));
+    float* scratch = workspace(Use::scratch, kernel.scratch(form));
     int64_t tall = max_tile;
     if (is_spread(A) && product.end - product.begin == 1) {
       tall = std::clamp<int64_t>(spread_bytes / row_bytes(form) / 4 * 4, 4, max_tile);

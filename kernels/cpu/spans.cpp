@@ -20,7 +20,7 @@ int groups_of(const ContextPart& part) {
 // Some rows of a head over one group of a part, in `sums`.
 void run_group(const ContextPart& part, int head, int first, int rows, int index, Sum* sums) {
   const int64_t n = part.n;
-  float *y = workspace(1, rows * (n + 2)), *tops = y + rows * n, *totals = tops + rows;
+  float *y = workspace(Use::scratch, rows * (n + 2)), *tops = y + rows * n, *totals = tops + rows;
   for (int i = index * group; i < std::min(part.spans, (index + 1) * group); ++i) {
     part.run(head, first, rows, i, y, tops, totals);
     for (int r = 0; r < rows; ++r) sums[r].take(y + r * n, tops[r], totals[r]);
@@ -70,7 +70,7 @@ class Apart {
   void merge(int head, int r, const Done& row_done) const {
     int64_t n = 0;
     for (const ContextPart& part : parts_) n += 2 * part.n;
-    float* room = workspace(1, n);
+    float* room = workspace(Use::scratch, n);
     std::vector<Sum> sums;
     for (size_t p = 0; p < parts_.size(); ++p) {
       const int n = parts_[p].n, begin = begins_[p].piece;

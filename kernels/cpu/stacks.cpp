@@ -105,7 +105,7 @@ void clear_absent(const Pairs& pairs, float* y, int64_t columns) {
 void run_swiglus(const std::vector<Swiglu>& all, const float* x) {
   int64_t room = 0;
   for (const Swiglu& one : all) room += 2 * int64_t(one.pairs.count) * one.gate.N;
-  float* hidden = workspace(2, room);
+  float* hidden = workspace(Use::step, room);
   Plan in, out;
   float* at = hidden;
   for (const Swiglu& one : all) {
