@@ -96,8 +96,8 @@ def quantized_matmul(
     mode: str = "affine",
     **options: Any,
 ) -> mx.array:
-    """x [..., K] times w [N, K] of affine or mxfp4 layout: [..., N]; or [..., H, M, K] times
-    [H, N, K]."""
+    """x [..., K] times w [N, K] of a layout that the kernels know: [..., N]; or [..., H, M, K]
+    times [H, N, K]."""
     if (
         transpose
         and x.dtype == mx.float32
@@ -286,6 +286,7 @@ def gather_qmm(
         and transpose
         and lhs_indices is None
         and rhs_indices is not None
+        and options.get("global_scale") is None
         and x.dtype == mx.float32
         and x.shape[-2] == 1
         and _rows_of(x, rhs_indices)

@@ -7,10 +7,11 @@ pays like one of two thousand. They also make the scores of all rows at once.
 
 Here every pass goes the way of one row: queries are taken to the latents' space (`embed_q`), the
 latents are keys and values of all heads, and what comes out is taken back (`unembed_out`). The sums
-are the same in another order. Rows whose scores would take more than `SCORES` go in blocks, one after the other, as a prompt in shorter passes would, but for this layer alone. The
-models' code stays mlx-lm's: `places` puts in what calls it by blocks, and a `Heads` for the keys
-and values of all heads, which `kernels.fast.scaled_dot_product_attention` knows what to do with.
-What the cache gives as positions multiplies by our kernel (`Positions`), for one row as well.
+are the same in another order. Rows whose scores would take more than `SCORES` go in blocks, one
+after the other, as a prompt in shorter passes would, but for this layer alone. The models' code
+stays mlx-lm's: `places` puts in what calls it by blocks, and a `Heads` for the keys and values of
+all heads, which `kernels.fast.scaled_dot_product_attention` knows what to do with. What the cache
+gives as positions multiplies by our kernel (`Positions`), for one row as well.
 """
 
 from __future__ import annotations

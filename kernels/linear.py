@@ -2,7 +2,7 @@
 
 One row or sixteen, each weight is read and dequantized once; a row gives the same bits whatever
 rows come with it. fp32 activations and sums: other types of x are converted there and back.
-Where the extension doesn't run or doesn't know the format (nvfp4, mxfp8), `linear` is `reference`.
+Where the extension doesn't run, `linear` is `reference`.
 Inference only: gradients are MLX's products' to give.
 
     python -m pytest tests/test_kernels_linear.py
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from . import backend
 
-BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,)}
+BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
 
 

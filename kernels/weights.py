@@ -30,6 +30,7 @@ MLXLM = {
 }
 BITS = frozenset({2, 3, 4, 5, 6, 8})
 GROUPS = frozenset({32, 64, 128})
+FIXED = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # group size, bits
 
 Arrays = tuple[mx.array, mx.array, mx.array | None]
 Form = tuple[int, int, str]  # group size, bits, mode
@@ -45,8 +46,8 @@ def float32(*arrays: mx.array | None) -> bool:
 
 def form_of(mode: str, group_size: int | None, bits: int | None) -> Form | None:
     """(group size, bits, mode) where the kernels know the layout."""
-    if mode == "mxfp4":
-        return (32, 4, mode)
+    if mode in FIXED:
+        return (*FIXED[mode], mode)
     group_size, bits = group_size or 64, bits or 4
     known = mode == "affine" and group_size in GROUPS and bits in BITS
     return (group_size, bits, mode) if known else None

@@ -20,7 +20,7 @@ from mtp.rollback import Tape
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
 
-FORMS = [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4"), None]
+FORMS = [(4, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4"), None]
 CONFIG = {
     "hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 2,
     "num_key_value_heads": 1, "vocab_size": 64, "linear_num_value_heads": 4,

@@ -145,7 +145,11 @@ def test_attention(shape: tuple[int, ...], mask: Any, sinks: bool) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    "form", [(4, 64, "affine"), (8, 32, "affine"), (3, 128, "affine"), (4, 32, "mxfp4")]
+    "form",
+    [
+        *[(4, 64, "affine"), (8, 32, "affine"), (3, 128, "affine")],
+        *[(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")],
+    ],
 )
 def test_quantized_products(form: tuple[int, int, str]) -> None:
     bits, group, mode = form
@@ -200,11 +204,24 @@ def test_more_rows_than_are_laid_out_at_a_time() -> None:
 def test_other_types_and_shapes_are_mlxs() -> None:
     x = normal(2, 64).astype(mx.float16)
     assert mx.array_equal(fast.rms_norm(x, None, 1e-6), fast._mlx["rms_norm"](x, None, 1e-6))
-    w = mx.quantize(normal(32, 64), mode="nvfp4", group_size=16, bits=4)
-    row, options = normal(1, 64), {"mode": "nvfp4", "group_size": 16, "bits": 4}
+    w = mx.quantize(normal(32, 64), group_size=32)
+    row, options = normal(1, 32), {"transpose": False, "group_size": 32}
     assert mx.array_equal(
         fast.quantized_matmul(row, *w, **options), fast._mlx["quantized_matmul"](row, *w, **options)
     )
+
+
+@pytest.mark.smoke
+def test_a_global_scale_is_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setitem(fast._mlx, "gather_qmm", lambda *_, **options: given.append(options))
+    w = mx.quantize(normal(3, 32, 64), mode="nvfp4")
+    options: dict[str, Any] = {"rhs_indices": mx.array([[2, 0]]), "mode": "nvfp4"}
+    x = normal(1, 1, 1, 64)
+    got = fast.gather_qmm(x, *w, **options, global_scale=None)
+    assert got.shape == (1, 2, 1, 32) and not given
+    fast.gather_qmm(x, *w, **options, global_scale=mx.ones(3))
+    assert given[0]["global_scale"].shape == (3,)
 
 
 @pytest.mark.parametrize(

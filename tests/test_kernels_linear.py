@@ -17,7 +17,7 @@ from kernels.linear import linear, reference
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(1, 32), (5, 96), (8, 64), (37, 192), (130, 1056), (13, 4224)]
 FORMATS = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
-FORMATS.append(("mxfp4", 4, 32))
+FORMATS += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 TYPES = (mx.float32, mx.bfloat16, mx.float16)
 extension = pytest.mark.skipif(not backend.available(), reason="the extension is not in use")
 
@@ -55,7 +55,7 @@ def poison() -> None:
 @pytest.mark.parametrize("mode,bits,group", FORMATS)
 def test_products_are_right_and_rows_are_alike_in_any_company(mode, bits, group) -> None:
     for (N, K), dtype in [(s, t) for s in SHAPES for t in TYPES]:
-        if K % group or (mode == "mxfp4" and dtype != mx.float32):
+        if K % group or (mode != "affine" and dtype != mx.float32):
             continue
         weights, exact = quantized((N, K), mode, bits, group, dtype)
         x = rows(17, K)
@@ -66,6 +66,20 @@ def test_products_are_right_and_rows_are_alike_in_any_company(mode, bits, group)
         for M in (1, 2, 3, 4, 5, 6, 7, 8, 11):
             poison()
             assert mx.array_equal(linear(mx.array(x[:M]), *weights, **settings), y[:M])
+
+
+@extension
+@pytest.mark.parametrize("mode,bits,group", [("mxfp8", 8, 32), ("nvfp4", 4, 16)])
+def test_every_code_of_minifloats_at_every_scale(mode, bits, group) -> None:
+    """A row for each pair, full of one code: its sum is exact, or as MLX's no number."""
+    codes = np.arange(256) if bits == 8 else np.arange(16) * 17
+    bytes_ = np.repeat(codes.astype(np.uint8)[:, None], group * bits // 8, 1)
+    w = mx.array(np.tile(bytes_, (256, 1)).view(np.uint32))
+    s = mx.array(np.repeat(np.arange(256, dtype=np.uint8), len(codes))[:, None])
+    exact = group * mx.dequantize(w, s, mode=mode, dtype=mx.float32)[:, 0]
+    y = linear(mx.ones((1, group)), w, s, None, group_size=group, bits=bits, mode=mode)[0]
+    assert mx.array_equal(y, exact, equal_nan=True)
+    assert mx.isnan(y).any().item() and mx.isfinite(y).sum().item() > 0.9 * y.size
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -44,20 +44,23 @@ Matrix matrix_of(
   }
   A.bits = bits;
   A.group = group;
-  check(group == 32 || group == 64 || group == 128, "the group must be 32, 64 or 128");
+  const bool known = group == 32 || group == 64 || group == 128 || (group == 16 && mode == "nvfp4");
+  check(known, "the group must be 32, 64 or 128, of nvfp4 16");
   check(A.K % group == 0, "columns must be a multiple of the group");
   check(w.dtype() == mx::uint32, "a quantized weight must be uint32");
   check(int64_t(w.shape(-1)) * 32 == int64_t(A.K) * bits, "x and the weight differ in columns");
   check(
       scales->ndim() == w.ndim() && scales->shape(-2) == A.N && scales->shape(-1) == A.K / group,
       "scales don't fit the weight");
-  if (mode == "mxfp4") {
-    A.format = Format::mxfp4;
-    check(bits == 4 && group == 32 && !biases, "mxfp4 has 4 bits, groups of 32 and no biases");
-    check(scales->dtype() == mx::uint8, "mxfp4 scales must be uint8");
+  if (mode != "affine") {
+    const bool fp8 = mode == "mxfp8", nv = mode == "nvfp4";
+    check(fp8 || nv || mode == "mxfp4", "the mode must be affine, mxfp4, mxfp8 or nvfp4");
+    A.format = fp8 ? Format::mxfp8 : nv ? Format::nvfp4 : Format::mxfp4;
+    const bool fits = bits == (fp8 ? 8 : 4) && group == (nv ? 16 : 32) && !biases;
+    check(fits, "bits or groups are not the mode's, or there are biases");
+    check(scales->dtype() == mx::uint8, "scales must be uint8");
     return A;
   }
-  check(mode == "affine", "the mode must be affine or mxfp4");
   check((bits >= 2 && bits <= 6) || bits == 8, "bits must be 2, 3, 4, 5, 6 or 8");
   A.format = Format::affine;
   A.scale = scale_of(*scales, "scales");

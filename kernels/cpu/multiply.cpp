@@ -32,8 +32,12 @@ int64_t step_of(const Matrix& A, int64_t bytes) {
 const void* spread_rows(const Matrix& A, int64_t begin, int64_t end) {
   const int64_t each = row_bytes(spread(A));
   auto* to = reinterpret_cast<uint8_t*>(workspace(Use::weights, (end - begin) * each / 4));
-  const auto* from = static_cast<const uint8_t*>(A.w) + begin * row_bytes(A);
-  spread(from, A.bits, (end - begin) * A.K, to);
+  if (is_minifloat(A)) {
+    widen_rows(A, begin, end, reinterpret_cast<float*>(to));
+  } else {
+    const auto* from = static_cast<const uint8_t*>(A.w) + begin * row_bytes(A);
+    spread(from, A.bits, (end - begin) * A.K, to);
+  }
   return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
 }
 

@@ -10,7 +10,7 @@
 
 namespace streamer {
 
-enum class Format { affine, mxfp4, dense };
+enum class Format { affine, mxfp4, mxfp8, nvfp4, dense };
 enum class Scale { f32, f16, bf16 };
 
 constexpr int max_rows = 8;
@@ -19,7 +19,7 @@ constexpr int max_tile = 96; // output rows of one run
 struct Matrix {
   const void* w; // [N, K * bits / 32] uint32, or dense [N, K] of `scale`'s type
   const void* scales; // [N, K / group]
-  const void* biases; // [N, K / group], affine only
+  const void* biases; // [N, K / group], affine only; scales are bytes where the format has a name
   int N, K, bits, group;
   Format format;
   Scale scale; // type of scales and biases, or of w when dense

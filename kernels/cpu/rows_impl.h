@@ -257,33 +257,44 @@ void byte_rows(
   keep<V, R, M>(acc, end == L.K, sums, y, n);
 }
 
-template <class V, int R, int M>
-void dense_rows(
-    const Matrix& A, const float* x, float*, float* sums, float* const* y, int64_t n,
-    int64_t begin, int64_t end) {
+template <class V, Scale type, int R, int M>
+void dense_rows_of(
+    const Matrix& A, const float* x, float* sums, float* const* y, int64_t n, int64_t begin,
+    int64_t end) {
   using F = typename V::F;
   constexpr int W = V::W;
+  const int64_t K = A.K, whole = begin + (end - begin) / W * W;
+  const void* weights = A.w;
   F acc[R][M];
   resume<V, R, M>(sums, begin == 0, acc);
   x += begin * M;
-  for (int64_t k = begin; k < end; k += W, x += M * W) {
+  for (int64_t k = begin; k < whole; k += W, x += M * W) {
     F w[R];
-    for (int r = 0; r < R; ++r) {
-      const int64_t index = (n + r) * A.K + k;
-      if (k + W <= A.K) {
-        w[r] = V::wide(A.w, A.scale, index);
-      } else {
-        float tail[W];
-        for (int i = 0; i < W; ++i) tail[i] = k + i < A.K ? wide(A.w, A.scale, index + i) : 0.0f;
-        w[r] = V::load(tail);
-      }
-    }
+    for (int r = 0; r < R; ++r) w[r] = V::wide(weights, type, (n + r) * K + k);
     for (int m = 0; m < M; ++m) {
       F xm = V::load(x + m * W);
       for (int r = 0; r < R; ++r) acc[r][m] = V::fma(w[r], xm, acc[r][m]);
     }
   }
-  keep<V, R, M>(acc, end == A.K, sums, y, n);
+  for (int r = 0; whole < end && r < R; ++r) {
+    float tail[W];
+    for (int i = 0; i < W; ++i) {
+      tail[i] = whole + i < K ? wide(weights, type, (n + r) * K + whole + i) : 0.0f;
+    }
+    for (int m = 0; m < M; ++m) acc[r][m] = V::fma(V::load(tail), V::load(x + m * W), acc[r][m]);
+  }
+  keep<V, R, M>(acc, end == K, sums, y, n);
+}
+
+template <class V, int R, int M>
+void dense_rows(
+    const Matrix& A, const float* x, float*, float* sums, float* const* y, int64_t n,
+    int64_t begin, int64_t end) {
+  switch (A.scale) {
+    case Scale::f32: return dense_rows_of<V, Scale::f32, R, M>(A, x, sums, y, n, begin, end);
+    case Scale::f16: return dense_rows_of<V, Scale::f16, R, M>(A, x, sums, y, n, begin, end);
+    case Scale::bf16: return dense_rows_of<V, Scale::bf16, R, M>(A, x, sums, y, n, begin, end);
+  }
 }
 
 // A tile: stretch after stretch of columns, R output rows at a time, then the rest one by one.

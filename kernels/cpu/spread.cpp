@@ -87,6 +87,11 @@ __attribute__((target("bmi2"))) void by_deposit(
 Matrix spread(const Matrix& matrix) {
   Matrix A = matrix;
   if (A.format == Format::dense) return A;
+  if (is_minifloat(A)) {
+    A.format = Format::dense;
+    A.scale = Scale::f32;
+    return A;
+  }
   if (A.bits < 4) A.middle = 1 << (A.bits - 1);
   if (is_spread(A)) A.bits = A.bits < 4 ? 4 : 8;
   return A;

@@ -1,17 +1,21 @@
-// Weights of 2, 3, 5 and 6 bits as the kernels take them: 2 and 3 as nibbles, 5 and 6 as bytes.
+// Weights as the kernels take them: of 2 and 3 bits as nibbles, of 5 and 6 as bytes, minifloats as
+// floats.
 #pragma once
 
 #include <cstdint>
 
+#include "minifloats.h"
 #include "rows.h"
 
 namespace streamer {
 
-// The matrix as the kernels see it: of 4 or 8 bits where it has 2, 3, 5 or 6, else as it is.
+// The matrix as the kernels see it: of 4 or 8 bits where it has 2, 3, 5 or 6, dense where it has
+// minifloats, else as it is.
 Matrix spread(const Matrix& matrix);
 
 inline bool is_spread(const Matrix& matrix) {
-  return matrix.format != Format::dense && matrix.bits != 4 && matrix.bits != 8;
+  const bool whole = matrix.bits == 4 || matrix.bits == 8;
+  return is_minifloat(matrix) || (matrix.format != Format::dense && !whole);
 }
 
 // `count` weights of `bits` bits, lowest bits first, as nibbles or bytes in the same order. A

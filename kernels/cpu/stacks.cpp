@@ -15,7 +15,7 @@ Matrix expert(const Matrix& stack, int64_t slot) {
   const int64_t cells = int64_t(A.N) * A.K;
   A.w = static_cast<const char*>(A.w) + slot * (cells * width(A) / 8);
   if (A.format != Format::dense) {
-    const int64_t item = A.format == Format::mxfp4 ? 1 : A.scale == Scale::f32 ? 4 : 2;
+    const int64_t item = A.format != Format::affine ? 1 : A.scale == Scale::f32 ? 4 : 2;
     const int64_t bytes = slot * (cells / A.group) * item;
     A.scales = static_cast<const char*>(A.scales) + bytes;
     if (A.biases != nullptr) A.biases = static_cast<const char*>(A.biases) + bytes;
