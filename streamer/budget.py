@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import sys
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -27,6 +29,7 @@ SLACK = 12 << 20  # Python objects, thread stacks and read buffers made after pl
 MAX_CHUNK = 2048
 RESIDENT_CHUNK = 512  # where none is, which gains nothing by more
 MIN_CHUNK = 16
+MOST_ELEMENTS = (1 << 31) - 1  # of an array, where our kernels don't run
 # where one of these is set, mlx-lm makes masks of all queries and keys
 WINDOWS = (
     "sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size",
@@ -170,7 +173,10 @@ def _divide(
     head, head_kv = opened.head_bytes, opened.head_kv_bytes(context)
     groups = opened.groups
     least = {fmt: _least_slots(opened, layers) for fmt, layers in groups.items()}
-    counts = {fmt: sum(layer.count for layer in layers) for fmt, layers in groups.items()}
+    counts = {
+        fmt: min(sum(layer.count for layer in layers), _most_slots(fmt))
+        for fmt, layers in groups.items()
+    }
     floor = sum(n * held_bytes(fmt) for fmt, n in least.items())
     full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
     fixed = runtime + trunk + head + kv + head_kv
@@ -277,6 +283,13 @@ def _growing(
 
 def _least_slots(opened: Opened, layers: list) -> int:
     return min(opened.top_k, max(layer.count for layer in layers))
+
+
+def _most_slots(fmt: ExpertFormat) -> int:
+    """Of one pool: MLX's own products on the CPU (0.32.4) die of arrays with more elements."""
+    if backend.available() or mx.default_device() == mx.Device(mx.gpu):
+        return sys.maxsize
+    return min(MOST_ELEMENTS // math.prod(tensor.shape) for tensor in fmt)
 
 
 def _share(

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kernels import backend, fast
+from streamer import budget as budget_module
 from streamer import plan, probe
 from streamer.budget import (
     MAX_CHUNK,
@@ -52,6 +54,24 @@ def test_the_parts_stay_within_the_limit(mixed: Path) -> None:
             assert opened.top_k <= slots <= sum(layer.count for layer in layers)
             assert held_bytes(fmt) > 0
     assert budget.resident
+
+
+@pytest.mark.smoke
+def test_a_pool_is_no_larger_than_mlxs_products_bear(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_model(mixed)
+    largest = max(math.prod(t.shape) for fmt in opened.groups for t in fmt)
+    monkeypatch.setattr(budget_module, "MOST_ELEMENTS", 5 * largest)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "available", lambda: True)
+        assert divide(opened, None, 256, spare=1 << 30).resident
+    monkeypatch.setattr(backend, "available", lambda: False)
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    bounded = divide(opened, None, 256, spare=1 << 30)
+    assert bounded.resident == on_gpu
+    for fmt, slots in zip(opened.groups, bounded.slots, strict=True):
+        assert on_gpu or slots == 5 * largest // max(math.prod(t.shape) for t in fmt)
 
 
 @pytest.mark.smoke

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
 from streamer.checkpoint import Checkpoint
 from streamer.opened import open_model
+from streamer.shards import Spec
 from tools import make_checkpoint
 from tools.shapes import SHAPES
 
@@ -57,6 +60,22 @@ def test_it_loads_and_streams_within_bounded_memory(tmp_path: Path) -> None:
     assert got["peak_bytes"] <= got["budget_bytes"]
     for file in out.glob("*.safetensors"):
         file.unlink()
+
+
+@pytest.mark.parametrize("mode", sorted(make_checkpoint.MODES))
+def test_weights_of_other_modes_keep_a_layers_size(mode: str) -> None:
+    bits, group = make_checkpoint.MODES[mode]
+    rng = np.random.default_rng(0)
+
+    def made(name: str, rows: int, columns: int, dtype: mx.Dtype) -> mx.array:
+        spec = Spec(name, "U8", (rows, columns * dtype.size))
+        data = np.concatenate(list(make_checkpoint.noise(spec, rng, mode)))
+        return mx.array(data.reshape(rows, -1)).view(dtype)
+
+    w = made("a.weight", 64, 2048 * bits // 32, mx.uint32)
+    scales = made("a.scales", 64, 2048 // group, mx.uint8)
+    dense = mx.dequantize(w, scales, mode=mode, dtype=mx.float32)
+    assert 0.4 < mx.std(dense).item() * 2048**0.5 < 2
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ from tools.shapes import SHAPES
 
 PIECE = 8 << 20  # bytes made at once
 MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+SCALES = {"mxfp4": (118, 121), "mxfp8": (121, 123), "nvfp4": (3, 6)}  # codes of 1/256 to 1/32
 
 
 @command
@@ -112,9 +113,10 @@ def noise(spec: Spec, rng: np.random.Generator, mode: str) -> Iterator[np.ndarra
         n = min(PIECE // 2, words - at)
         if spec.dtype not in ("BF16", "F16"):
             if mode != "affine" and spec.name.endswith("scales"):
-                yield rng.integers(118, 121, n, dtype=np.uint8)  # exponents near 2**-8
+                yield rng.integers(*SCALES[mode], n, dtype=np.uint8)
             else:
-                yield rng.integers(0, 256, n, dtype=np.uint8)
+                codes = rng.integers(0, 256, n, dtype=np.uint8)
+                yield codes & 0xBF if mode == "mxfp8" else codes  # of size 2 at most, none a NaN
             continue
         yield _half(_values(spec, n, fan_in, rng), spec.dtype)
 
