@@ -32,7 +32,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = runpy.run_path(str(ROOT / "setup.py"))["flags"]
     kernels = ROOT / "kernels" / "cpu"
     sources = [ROOT / "tests" / "arm" / "products.cpp"]
-    sources += [kernels / "spread.cpp", *(kernels / f"rows_{name}.cpp" for name in SETS)]
+    sources += [kernels / f"{name}.cpp" for name in ("forms", "spread", "minifloats", "workspace")]
+    sources += [kernels / f"rows_{name}.cpp" for name in SETS]
     running = []
     for source in sources:
         wanted = [flag for flag in flags(str(source)) if flag != "-O3"]

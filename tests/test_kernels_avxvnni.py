@@ -38,11 +38,12 @@ static float* room(int64_t floats) {
 }
 
 extern "C" void multiply(
-    int vnni, int bits, int group, int half, int N, int K, int M, const void* w, const void* scales,
-    const void* biases, const float* x, float* y, int begin, int end) {
+    int vnni, int bits, int group, int half, int levels, int N, int K, int M, const void* w,
+    const void* scales, const void* biases, const float* x, float* y, int begin, int end) {
   const Rows& kernel = vnni ? *rows_avxvnni() : rows_maddubs();
   const Scale scale = half ? Scale::f16 : Scale::f32;
-  const Matrix A{w, scales, biases, N, K, bits, group, Format::affine, scale};
+  Matrix A{w, scales, biases, N, K, bits, group, Format::affine, scale};
+  if (levels) A.levels = true, A.biases = nullptr;
   const float* from[max_rows];
   float* to[max_rows];
   for (int m = 0; m < M; ++m) from[m] = x + int64_t(m) * K, to[m] = y + int64_t(m) * N;
@@ -82,14 +83,15 @@ def multiply(
     x: np.ndarray,
     begin: int = 0,
     end: int | None = None,
+    levels: bool = False,
 ) -> np.ndarray:
-    """Outputs [begin, end) of rows x times the weights, NaN elsewhere."""
+    """Outputs [begin, end) of rows x times the weights, of mxfp4's levels or not; NaN elsewhere."""
     w, scales, biases = (np.array(part) for part in weights)
     x, (M, K), N = np.ascontiguousarray(x), x.shape, w.shape[0]
     y = np.full((M, N), np.nan, np.float32)
     arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (w, scales, biases, x, y)]
     half, stop = int(scales.dtype == np.float16), N if end is None else end
-    numbers = (int(isa == "avxvnni"), bits, group, half, N, K, M)
+    numbers = (int(isa == "avxvnni"), bits, group, half, int(levels), N, K, M)
     harness.multiply(*numbers, *arrays, begin, stop)
     return y
 
@@ -118,6 +120,19 @@ def test_right_and_alike_in_any_company(
         assert np.isnan(part[:, : N // 3]).all() and np.isnan(part[:, N - N // 4 :]).all()
         if bits == 4:
             assert np.array_equal(multiply(harness, "avx2", bits, group, weights, x), y)
+
+
+def test_levels_of_mxfp4(harness: ctypes.CDLL) -> None:
+    for N, K in SHAPES:
+        (w, exponents, _), exact = quantized((N, K), "mxfp4", 4, 32, mx.float32)
+        scales = np.exp2(np.array(exponents).astype(np.float32) - 128)
+        weights = (w, scales, scales)
+        x = rows(8, K)
+        x[7] = np.float32(254 / 128)  # every digit at its end
+        y = multiply(harness, "avxvnni", 4, 32, weights, x, levels=True)
+        close(mx.array(y), x, exact)
+        assert np.array_equal(multiply(harness, "avx2", 4, 32, weights, x, levels=True), y)
+        assert np.array_equal(multiply(harness, "avx2", 4, 32, weights, x[:1], levels=True), y[:1])
 
 
 def test_not_numbers_stay_in_their_row(harness: ctypes.CDLL) -> None:

@@ -5,18 +5,6 @@
 #include <new>
 
 namespace streamer {
-namespace {
-
-struct Block {
-  void* data = nullptr;
-  int64_t count = 0;
-  ~Block() {
-    ::operator delete(data, std::align_val_t(64));
-  }
-};
-
-} // namespace
-
 const void* row_major(const mlx::core::array& a, std::vector<std::shared_ptr<char>>& held) {
   const char* from = a.data<char>();
   if (a.flags().row_contiguous || a.size() == 0) return from;
@@ -38,19 +26,6 @@ const void* row_major(const mlx::core::array& a, std::vector<std::shared_ptr<cha
   }
   held.push_back(copy);
   return copy.get();
-}
-
-float* workspace(Use use, int64_t count) {
-  static thread_local Block blocks[static_cast<int>(Use::step) + 1];
-  Block& block = blocks[static_cast<int>(use)];
-  if (block.count < count) {
-    ::operator delete(block.data, std::align_val_t(64));
-    block.data = nullptr;
-    block.count = 0;
-    block.data = ::operator new(count * sizeof(float), std::align_val_t(64));
-    block.count = count;
-  }
-  return static_cast<float*>(block.data);
 }
 
 } // namespace streamer

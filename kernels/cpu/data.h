@@ -8,6 +8,7 @@
 #include "pool.h"
 #include "step.h"
 #include "steps.h"
+#include "workspace.h"
 
 namespace streamer {
 

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "rows.h"
+#include "unpack.h"
 
 namespace streamer {
 namespace {
@@ -14,17 +15,21 @@ namespace {
 constexpr int W = 8;
 constexpr int64_t columns = 64; // of a block
 // Of a row of x, for a block: digits (of Nibbles: h of every fourth value from the first, third,
-// second and fourth on; l of the even ones, then of the odd ones), and eight units.
-constexpr int64_t block_bytes = 7 * 32;
+// second and fourth on; l of the even ones, then of the odd ones), and eight units. With mxfp4's
+// weights, which are twelve less than the bytes multiplied, also what that makes of each lane.
+constexpr int64_t block_bytes(bool levels) {
+  return (levels ? 8 : 7) * 32;
+}
 
 struct Layout {
-  int64_t K, G, bits, blocks, sums;
+  int64_t K, G, bits, blocks, block, sums;
 
   explicit Layout(const Matrix& A)
       : K(A.K),
         G(A.K / A.group),
         bits(A.bits),
         blocks((A.K + columns - 1) / columns),
+        block(block_bytes(A.levels)),
         sums((G + W - 1) / W * W) {}
 
   int64_t row_bytes() const {
@@ -91,15 +96,17 @@ inline void fixed(const float* x, __m256i* q, float* units) {
 
 // 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
 struct Nibbles {
-  static constexpr int64_t bytes = 32; // of a block
+  static constexpr int64_t bytes = 32, block = block_bytes(false); // of weights, of x
 
   __m256i even, odd, quarters[4];
 
-  explicit Nibbles(__m256i nibbles) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+  explicit Nibbles(__m256i nibbles)
+      : Nibbles(
+            _mm256_and_si256(nibbles, _mm256_set1_epi8(15)),
+            _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), _mm256_set1_epi8(15))) {}
+
+  Nibbles(__m256i even, __m256i odd) : even(even), odd(odd) {
     const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
-    even = _mm256_and_si256(nibbles, nibble);
-    odd = _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), nibble);
     quarters[0] = _mm256_slli_epi16(even, 8);
     quarters[1] = _mm256_and_si256(even, upper);
     quarters[2] = _mm256_slli_epi16(odd, 8);
@@ -108,18 +115,50 @@ struct Nibbles {
 
   // A block's, or with `part` the first half of one.
   static inline __attribute__((always_inline)) Nibbles at(const uint8_t* from, bool part) {
-    const auto* all = reinterpret_cast<const __m256i*>(from);
-    const auto* half = reinterpret_cast<const __m128i*>(from);
-    return Nibbles(
-        part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(all));
+    return Nibbles(read(from, part));
   }
 
-  // Sum over each lane's values of x times these, as the integers that they stand for: what an
-  // instruction set supplies.
-  __m256 times(const uint8_t* x) const;
+  static inline __attribute__((always_inline)) __m256i read(const uint8_t* from, bool part) {
+    const auto* all = reinterpret_cast<const __m256i*>(from);
+    const auto* half = reinterpret_cast<const __m128i*>(from);
+    return part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(all);
+  }
+
+  // Sum over each lane's values of x times these, below 24 * 8 * 2^23: what an instruction set
+  // supplies.
+  __m256i integers(const uint8_t* x) const;
+
+  __m256 times(const uint8_t* x) const {
+    return _mm256_cvtepi32_ps(integers(x));
+  }
 
   // One block of one row of x, zeros after `count`, and its lanes' sums.
   static __m256 pack(const float* x, int64_t count, uint8_t* out);
+};
+
+// The same of mxfp4.
+struct Levels : Nibbles {
+  static constexpr int64_t block = block_bytes(true);
+
+  static inline __attribute__((always_inline)) Levels at(const uint8_t* from, bool part) {
+    const Nibbles n(read(from, part));
+    const __m256i above = _mm256_broadcastsi128_si256(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(fp4_above)));
+    return {Nibbles(_mm256_shuffle_epi8(above, n.even), _mm256_shuffle_epi8(above, n.odd))};
+  }
+
+  __m256 times(const uint8_t* x) const {
+    const __m256i lowest = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + Nibbles::block));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(integers(x), lowest));
+  }
+
+  static __m256 pack(const float* x, int64_t count, uint8_t* out) {
+    const __m256 sums = Nibbles::pack(x, count, out);
+    const __m256i twelve = _mm256_set1_epi8(12);
+    _mm256_store_si256(
+        reinterpret_cast<__m256i*>(out + Nibbles::block), Nibbles(twelve, twelve).integers(out));
+    return sums;
+  }
 };
 
 // h of eight times eight values, into four vectors.

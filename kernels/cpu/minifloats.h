@@ -6,10 +6,6 @@
 
 namespace streamer {
 
-inline bool is_minifloat(const Matrix& A) {
-  return A.format == Format::mxfp8 || A.format == Format::nvfp4;
-}
-
 // Rows [begin, end) of such a matrix, [end - begin, K]; 32-byte aligned.
 void widen_rows(const Matrix& matrix, int64_t begin, int64_t end, float* to);
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "buffers.h"
+#include "forms.h"
 #include "pool.h"
-#include "spread.h"
+#include "workspace.h"
 
 namespace streamer {
 namespace {
@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t task_bytes = 64 << 10;
 constexpr int64_t tasks_each = 8;
 constexpr int64_t parallel_work = 1 << 17;
-// Bytes of spread weights that one part takes before the next ones: well within a first-level cache.
-constexpr int64_t spread_bytes = 12 << 10;
+// Bytes made of weights that one part takes before the next ones: well within a first-level cache.
+constexpr int64_t made_bytes = 12 << 10;
 
 int64_t row_bytes(const Matrix& A) {
   return std::max<int64_t>(1, int64_t(A.K) * width(A) / 8);
@@ -28,19 +28,6 @@ int64_t step_of(const Matrix& A, int64_t bytes) {
   return std::max<int64_t>(each / row_bytes(A) / 24 * 24, 24);
 }
 
-// Rows [begin, end) spread, in this thread's memory: where row 0 would lie.
-const void* spread_rows(const Matrix& A, int64_t begin, int64_t end) {
-  const int64_t each = row_bytes(spread(A));
-  auto* to = reinterpret_cast<uint8_t*>(workspace(Use::weights, (end - begin) * each / 4));
-  if (is_minifloat(A)) {
-    widen_rows(A, begin, end, reinterpret_cast<float*>(to));
-  } else {
-    const auto* from = static_cast<const uint8_t*>(A.w) + begin * row_bytes(A);
-    spread(from, A.bits, (end - begin) * A.K, to);
-  }
-  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
-}
-
 } // namespace
 
 int width(const Matrix& A) {
@@ -49,7 +36,7 @@ int width(const Matrix& A) {
 
 bool same_packing(const Matrix& a, const Matrix& b) {
   return a.K == b.K && a.format == b.format &&
-      (a.format == Format::dense || (a.bits == b.bits && a.group == b.group));
+      (a.format == Format::dense || (a.bits == b.bits && a.group == b.group && a.levels == b.levels));
 }
 
 void add_product(
@@ -60,7 +47,7 @@ void add_product(
     std::vector<Part>& parts,
     std::vector<Product>& products) {
   Product product{A, static_cast<int>(parts.size()), 0};
-  const Matrix form = spread(A);
+  const Matrix form = form_of(A);
   // Experts chosen by the same rows come one after another: looking far back finds no more.
   const size_t look = packs.size() > 8 ? packs.size() - 8 : 0;
   for (size_t i = 0; i < x.size(); i += max_rows) {
@@ -126,15 +113,14 @@ void multiply_batch(
     const Matrix& A = product.A;
     const int64_t begin = int64_t(task - first[i]) * steps[i];
     const int64_t end = std::min<int64_t>(A.N, begin + steps[i]);
-    Matrix form = spread(A);
-    float* scratch = workspace(Use::scratch, kernel.scratch(form));
+    float* scratch = workspace(Use::scratch, kernel.scratch(form_of(A)));
     int64_t tall = max_tile;
-    if (is_spread(A) && product.end - product.begin == 1) {
-      tall = std::clamp<int64_t>(spread_bytes / row_bytes(form) / 4 * 4, 4, max_tile);
+    if (const int64_t each = form_bytes(A); each > 0 && product.end - product.begin == 1) {
+      tall = std::clamp<int64_t>(made_bytes / each / 4 * 4, 4, max_tile);
     }
     for (int64_t tile = begin; tile < end; tile += tall) {
       const int64_t stop = std::min<int64_t>(end, tile + tall);
-      if (is_spread(A)) form.w = spread_rows(A, tile, stop);
+      const Matrix form = form_rows(A, tile, stop);
       for (int p = product.begin; p < product.end; ++p) {
         const Part& part = parts[p];
         kernel.run(form, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,

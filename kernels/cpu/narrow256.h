@@ -31,7 +31,7 @@ bool known(const Matrix& A);
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_avx2().packed(A, M);
   const Layout L(A);
-  return M * (L.blocks * block_bytes / 4 + L.sums);
+  return M * (L.blocks * L.block / 4 + L.sums);
 }
 
 int64_t scratch(const Matrix& A) {
@@ -44,11 +44,11 @@ template <class Weights>
 void pack_rows(const Matrix& A, int M, const float* const* x, float* out) {
   const Layout L(A);
   auto* to = reinterpret_cast<uint8_t*>(out);
-  float* sums = out + M * L.blocks * block_bytes / 4;
+  float* sums = out + M * L.blocks * L.block / 4;
   for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
   const int apart = A.group == 32 ? 0 : A.group == 64 ? 1 : 2;
   for (int64_t k = 0; k < L.blocks; ++k) {
-    for (int m = 0; m < M; ++m, to += block_bytes) {
+    for (int m = 0; m < M; ++m, to += Weights::block) {
       const __m256 lanes = Weights::pack(x[m] + k * columns, L.K - k * columns, to);
       // Of each half of the block: a group of 32, or a part of one.
       const __m128 four =
@@ -119,20 +119,24 @@ inline __attribute__((always_inline)) void stretch(
   constexpr bool held = M <= 4; // more don't fit into registers beside the weights
   __m256 sum[M];
   if (begin == 0) {
-    of_biases<M>(L, of_x, biases, rest, sum);
+    if (biases != nullptr) {
+      of_biases<M>(L, of_x, biases, rest, sum);
+    } else {
+      for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_ps();
+    }
     for (int m = 0; m < M && !held; ++m) _mm256_store_ps(total + m * W, sum[m]);
   } else {
     for (int m = 0; m < M && held; ++m) sum[m] = _mm256_load_ps(total + m * W);
   }
   weights += begin * Weights::bytes;
-  x += begin * M * block_bytes;
+  x += begin * M * Weights::block;
   auto block = [&](int64_t k, bool part) __attribute__((always_inline)) {
     const Weights w = Weights::at(weights, part);
     const float* s = scales + (per == 0 ? 2 * k : k / per);
     const __m256 scale = per == 0 && !part
         ? _mm256_insertf128_ps(_mm256_broadcast_ss(s), _mm_broadcast_ss(s + 1), 1)
         : _mm256_broadcast_ss(s);
-    for (int m = 0; m < M; ++m, x += block_bytes) {
+    for (int m = 0; m < M; ++m, x += Weights::block) {
       const __m256 unit = _mm256_load_ps(reinterpret_cast<const float*>(x + 192));
       const __m256 by = _mm256_mul_ps(scale, unit);
       if (held) {
@@ -163,21 +167,24 @@ void run_rows(
     const Matrix& A, const Layout& L, const float* packed, float* scratch, float* const* y,
     int64_t begin, int64_t end) {
   const auto* x = reinterpret_cast<const uint8_t*>(packed);
-  const float* of_x = packed + M * L.blocks * block_bytes / 4;
+  const float* of_x = packed + M * L.blocks * L.block / 4;
   const int64_t count = end - begin, scales = count * L.G, row_bytes = L.row_bytes();
   float *total = scratch, *room = scratch + held_rows(L) * M * W;
   // What comes next is fetched meanwhile: no stride tells the hardware.
   const int64_t width = A.scale == Scale::f32 ? 4 : 2;
   for (int64_t i = 0; i < scales * width; i += 64) {
     __builtin_prefetch(static_cast<const char*>(A.scales) + end * L.G * width + i, 0, 2);
+    if (A.biases == nullptr) continue;
     __builtin_prefetch(static_cast<const char*>(A.biases) + end * L.G * width + i, 0, 2);
   }
   const float* scale = widened(A.scales, A.scale, begin * L.G, scales, room);
-  const float* bias = widened(A.biases, A.scale, begin * L.G, scales, room + scales);
+  const float* bias = A.biases == nullptr
+      ? nullptr
+      : widened(A.biases, A.scale, begin * L.G, scales, room + scales);
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(L.G % W)), lane);
   const auto* weights = static_cast<const uint8_t*>(A.w) + begin * row_bytes;
-  const int64_t blocks = stretch_bytes / (M * block_bytes) / 2 * 2;
+  const int64_t blocks = stretch_bytes / (M * L.block) / 2 * 2;
   const int64_t rows_ahead =
       L.blocks > blocks ? held_rows(L) : (fetched + row_bytes - 1) / row_bytes;
   const int64_t ahead = rows_ahead * row_bytes;
@@ -185,7 +192,8 @@ void run_rows(
     const int64_t to = k + blocks < L.blocks ? k + blocks : L.blocks;
     for (int64_t r = 0; r < count; ++r) {
       stretch<Weights, M, per>(
-          L, weights + r * row_bytes, x, of_x, scale + r * L.G, bias + r * L.G, rest,
+          L, weights + r * row_bytes, x, of_x, scale + r * L.G,
+          bias == nullptr ? nullptr : bias + r * L.G, rest,
           total + r * M * W, k, to, ahead);
     }
   }

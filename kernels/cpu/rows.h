@@ -24,6 +24,7 @@ struct Matrix {
   Format format;
   Scale scale; // type of scales and biases, or of w when dense
   int middle = 8; // of affine nibbles: sums of floats count from there, so that they stay small
+  bool levels = false; // affine nibbles stand for fp4_halves, and there are no biases
 };
 
 struct Rows {
@@ -48,6 +49,7 @@ struct Rows {
   // multiply-adds of weights a round stands for; null where they are fused multiply-adds.
   float (*peak)(int rounds, int start) = nullptr;
   int peak_multiplies = 0;
+  bool levels = false; // whether run knows them: mxfp4 comes as affine then
 };
 
 // The table of the instruction set in use.

@@ -37,18 +37,18 @@ bool known(const Matrix& A) {
   return A.format == Format::affine && (A.bits == 4 || A.bits == 8);
 }
 
-inline __m256 Nibbles::times(const uint8_t* x) const {
+inline __m256i Nibbles::integers(const uint8_t* x) const {
   const auto* from = reinterpret_cast<const __m256i*>(x);
   __m256i sum = add_bytes(_mm256_setzero_si256(), even, _mm256_load_si256(from + 4));
   sum = add_bytes(sum, odd, _mm256_load_si256(from + 5));
   for (int i = 0; i < 4; ++i) sum = add_halves(sum, quarters[i], _mm256_load_si256(from + i));
-  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
+  return sum;
 }
 
 // 64 weights of 8 bits: 32 of each half of a vector, four and the sixteenth from there in a lane.
 // They meet three signed bytes of x, h, m and l: x = unit * (2^16 h + 2^8 m + l).
 struct Bytes {
-  static constexpr int64_t bytes = 64; // of a block
+  static constexpr int64_t bytes = 64, block = block_bytes(false); // of weights, of x
 
   __m256i fore, hind;
 
@@ -100,6 +100,7 @@ struct Bytes {
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
   if (!known(A)) return rows_avx2().pack(A, M, x, out);
+  if (A.levels) return pack_rows<Levels>(A, M, x, out);
   A.bits == 4 ? pack_rows<Nibbles>(A, M, x, out) : pack_rows<Bytes>(A, M, x, out);
 }
 
@@ -107,6 +108,7 @@ void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_avx2().run(A, M, packed, scratch, y, begin, end);
+  if (A.levels) return run_all<Levels>(A, M, packed, scratch, y, begin, end);
   A.bits == 4 ? run_all<Nibbles>(A, M, packed, scratch, y, begin, end)
               : run_all<Bytes>(A, M, packed, scratch, y, begin, end);
 }
@@ -130,7 +132,8 @@ float peak(int rounds, int start) {
 } // namespace
 
 const Rows* rows_avxvnni() {
-  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 12 * 64 / 6};
+  static constexpr Rows table = {
+      packed, scratch, pack, run, swiglu, silu, peak, 12 * 64 / 6, true};
   return &table;
 }
 

@@ -10,7 +10,7 @@ bool known(const Matrix& A) {
   return A.format == Format::affine && A.bits == 4;
 }
 
-inline __m256 Nibbles::times(const uint8_t* x) const {
+inline __m256i Nibbles::integers(const uint8_t* x) const {
   const auto* from = reinterpret_cast<const __m256i*>(x);
   const __m256i a = _mm256_add_epi32(
       _mm256_madd_epi16(quarters[0], _mm256_load_si256(from)),
@@ -21,21 +21,21 @@ inline __m256 Nibbles::times(const uint8_t* x) const {
   const __m256i l = _mm256_add_epi16(
       _mm256_maddubs_epi16(even, _mm256_load_si256(from + 4)),
       _mm256_maddubs_epi16(odd, _mm256_load_si256(from + 5)));
-  const __m256i sum = _mm256_add_epi32(
+  return _mm256_add_epi32(
       _mm256_add_epi32(a, b), _mm256_madd_epi16(l, _mm256_set1_epi16(1)));
-  return _mm256_cvtepi32_ps(sum); // below 15 * 8 * 2^23
 }
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
   if (!known(A)) return rows_avx2().pack(A, M, x, out);
-  pack_rows<Nibbles>(A, M, x, out);
+  A.levels ? pack_rows<Levels>(A, M, x, out) : pack_rows<Nibbles>(A, M, x, out);
 }
 
 void run(
     const Matrix& A, int M, const float* packed, float* scratch, float* const* y, int begin,
     int end) {
   if (!known(A)) return rows_avx2().run(A, M, packed, scratch, y, begin, end);
-  run_all<Nibbles>(A, M, packed, scratch, y, begin, end);
+  A.levels ? run_all<Levels>(A, M, packed, scratch, y, begin, end)
+           : run_all<Nibbles>(A, M, packed, scratch, y, begin, end);
 }
 
 // Six independent sums, as many as registers hold; seven multiplications make the products of 64
@@ -64,7 +64,7 @@ float peak(int rounds, int start) {
 } // namespace
 
 const Rows& rows_maddubs() {
-  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 6 * 64 / 7};
+  static constexpr Rows table = {packed, scratch, pack, run, swiglu, silu, peak, 6 * 64 / 7, true};
   return table;
 }
 

@@ -84,19 +84,6 @@ __attribute__((target("bmi2"))) void by_deposit(
 
 } // namespace
 
-Matrix spread(const Matrix& matrix) {
-  Matrix A = matrix;
-  if (A.format == Format::dense) return A;
-  if (is_minifloat(A)) {
-    A.format = Format::dense;
-    A.scale = Scale::f32;
-    return A;
-  }
-  if (A.bits < 4) A.middle = 1 << (A.bits - 1);
-  if (is_spread(A)) A.bits = A.bits < 4 ? 4 : 8;
-  return A;
-}
-
 void spread(const uint8_t* from, int bits, int64_t count, uint8_t* to) {
 #if defined(__x86_64__)
   if (deposits()) return by_deposit(from, bits, count, to);

@@ -6,6 +6,7 @@
 
 #include "buffers.h"
 #include "pool.h"
+#include "workspace.h"
 
 namespace streamer {
 namespace {

@@ -10,10 +10,11 @@ namespace streamer {
 namespace {
 
 // What the sixteen nibbles stand for: from centred[8 - middle] on q - middle, which is 2 at least,
-// and twice the values of fp4 (e2m1).
+// twice the values of fp4 (e2m1), and these from the lowest on.
 constexpr int8_t centred[22] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2,
                                 3,  4,  5,  6,  7,  8,  9, 10, 11, 12, 13};
 constexpr int8_t fp4_halves[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr int8_t fp4_above[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 inline float from_bits(uint32_t bits) {
   float value;

@@ -1,0 +1,71 @@
+#include "forms.h"
+
+#include <array>
+
+#include "minifloats.h"
+#include "spread.h"
+#include "workspace.h"
+
+namespace streamer {
+namespace {
+
+// half_power of each exponent.
+constexpr std::array<float, 256> half_powers = [] {
+  std::array<float, 256> values{0x1p-128f};
+  for (int e = 1; e < 256; ++e) values[e] = 2 * values[e - 1];
+  return values;
+}();
+
+} // namespace
+
+Matrix form_of(const Matrix& matrix) {
+  Matrix A = matrix;
+  switch (A.format) {
+    case Format::dense: return A;
+    case Format::affine:
+      if (A.bits < 4) A.middle = 1 << (A.bits - 1);
+      A.bits = A.bits <= 4 ? 4 : 8;
+      return A;
+    case Format::mxfp4:
+      if (!rows().levels) return A;
+      A.format = Format::affine;
+      A.levels = true;
+      break;
+    case Format::mxfp8:
+    case Format::nvfp4: A.format = Format::dense;
+  }
+  A.scale = Scale::f32;
+  return A;
+}
+
+int64_t form_bytes(const Matrix& matrix) {
+  const Matrix A = form_of(matrix);
+  if (A.levels) return 4 * int64_t(A.K / A.group);
+  if (A.format == matrix.format && A.bits == matrix.bits) return 0;
+  return int64_t(A.K) * (A.format == Format::dense ? 32 : A.bits) / 8;
+}
+
+Matrix form_rows(const Matrix& matrix, int64_t begin, int64_t end) {
+  Matrix A = form_of(matrix);
+  const int64_t each = form_bytes(matrix), count = end - begin;
+  if (each == 0) return A;
+  float* to = workspace(Use::weights, (count * each + 3) / 4);
+  const auto* first = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
+  if (A.levels) {
+    const int64_t G = A.K / A.group;
+    const auto* exponents = static_cast<const uint8_t*>(A.scales) + begin * G;
+    for (int64_t i = 0; i < count * G; ++i) to[i] = half_powers[exponents[i]];
+    A.scales = first;
+    return A;
+  }
+  if (A.format == Format::dense) {
+    widen_rows(matrix, begin, end, to);
+  } else {
+    const auto* from = static_cast<const uint8_t*>(A.w) + begin * A.K * matrix.bits / 8;
+    spread(from, matrix.bits, count * A.K, reinterpret_cast<uint8_t*>(to));
+  }
+  A.w = first;
+  return A;
+}
+
+} // namespace streamer
