@@ -114,23 +114,8 @@ struct Block {
         row_bytes(L.K * bits / 8),
         step_bytes(L.columns * bits / 8) {}
 
-  // Sums of tile `by` times digits, on top.
-  template <int sum, int by, int of>
-  void multiply() const {
-    A.levels ? tile_multiply_signed<sum, by, of>() : tile_multiply<sum, by, of>();
-  }
-
   // Nibbles of R rows as bytes: of `step_bytes` of each row first the low ones, then the high ones.
   void unpack(const uint8_t* from, uint8_t* to) const {
-    A.levels ? unpack<true>(from, to) : unpack<false>(from, to);
-  }
-
-  template <bool levels>
-  inline __attribute__((always_inline)) void unpack(const uint8_t* from, uint8_t* to) const {
-    const __m512i table = table_of(fp4_halves);
-    auto store = [&](int r, __m512i nibbles) __attribute__((always_inline)) {
-      _mm512_store_si512(to + 64 * r, levels ? _mm512_shuffle_epi8(table, nibbles) : nibbles);
-    };
     const __m512i low = _mm512_set1_epi64(0x0102040800000000); // bits 0 to 3, as a matrix
     const __m512i high = _mm512_set1_epi64(0x1020408000000000);
     if (L.columns == 64) {
@@ -138,14 +123,14 @@ struct Block {
       for (int r = 0; r < R; ++r) {
         const __m512i a = _mm512_broadcast_i64x4(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * row_bytes)));
-        store(r, _mm512_gf2p8affine_epi64_epi8(a, part, 0));
+        _mm512_store_si512(to + 64 * r, _mm512_gf2p8affine_epi64_epi8(a, part, 0));
       }
     } else {
       const __m512i part = _mm512_mask_blend_epi64(0xcc, low, high);
       for (int r = 0; r < R; ++r) {
         const __m512i a = _mm512_broadcast_i32x4(
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * row_bytes)));
-        store(r, _mm512_gf2p8affine_epi64_epi8(a, part, 0));
+        _mm512_store_si512(to + 64 * r, _mm512_gf2p8affine_epi64_epi8(a, part, 0));
       }
     }
   }
@@ -209,10 +194,10 @@ struct Block {
         tile_load<2>(from + step * step_bytes, row_bytes);
       }
       tile_load<3>(digits, line);
-      multiply<0, 2, 3>();
+      tile_multiply<0, 2, 3>();
       if (tiles == 2) {
         tile_load<4>(digits + tile_bytes, line);
-        multiply<1, 2, 4>();
+        tile_multiply<1, 2, 4>();
       }
       digits += tiles * tile_bytes;
       if (within + 1 < L.steps) continue;
@@ -252,8 +237,8 @@ struct Block {
     for (int64_t g = 0; g < L.G; g += W) {
       const int64_t stop = g + W < L.G ? g + W : L.G;
       by_group(A, A.scales, L.G, n, rows, g, scales);
-      if (!A.levels) by_group(A, A.biases, L.G, n, rows, g, biases);
-      for (int64_t i = g; !A.levels && i < stop; ++i) {
+      by_group(A, A.biases, L.G, n, rows, g, biases);
+      for (int64_t i = g; i < stop; ++i) {
         const __m512 bias = _mm512_load_ps(biases + (i - g) * W);
         for (int m = 0; m < M; ++m) {
           offset[m] = _mm512_fmadd_ps(bias, _mm512_set1_ps(sums[i * 8 + m]), offset[m]);
@@ -332,8 +317,7 @@ float peak(int rounds, int start) {
 
 const Rows* rows_amx() {
   static const Rows table = {
-      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 4 * 16 * 64 * 4,
-      true};
+      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 4 * 16 * 64 * 4};
   return &table;
 }
 

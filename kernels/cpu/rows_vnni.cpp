@@ -16,8 +16,7 @@ namespace {
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
 // A block is 64 bytes of weights. Per row of x it holds digits h, m, l of what they meet, 64 bytes
-// each (4 bits: of the even ones, then of the odd ones), and sixteen units; with mxfp4's weights,
-// which are twelve less than the bytes multiplied, what that makes of each lane.
+// each (4 bits: of the even ones, then of the odd ones), and sixteen units.
 struct Layout {
   int64_t K, G, columns, blocks, bytes, sums;
 
@@ -26,7 +25,7 @@ struct Layout {
         G(A.K / A.group),
         columns(A.bits == 4 ? 128 : 64),
         blocks((A.K + columns - 1) / columns),
-        bytes(A.bits == 4 ? (A.levels ? 8 : 7) * 64 : 4 * 64),
+        bytes(A.bits == 4 ? 7 * 64 : 4 * 64),
         sums((G + W - 1) / W * W) {}
 };
 
@@ -73,18 +72,12 @@ inline __m512i dot(__m512i acc, __m512i w, const uint8_t* x) {
   return _mm512_dpbusd_epi32(acc, w, _mm512_load_si512(x));
 }
 
-// Sum over a lane's digits times w, as the integers that they stand for, below 24 * 8 * 2^23.
-inline __m512i integer4(__m512i low, __m512i high, const uint8_t* x) {
+// Sum over a lane's digits times w, as the integers that they stand for. `all` as below.
+inline __m512 whole4(__m512i low, __m512i high, const uint8_t* x) {
   __m512i a = dot(dot(_mm512_setzero_si512(), low, x), high, x + 64);
   a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 128), high, x + 192);
-  return dot(dot(_mm512_slli_epi32(a, 8), low, x + 256), high, x + 320);
-}
-
-template <bool levels>
-inline __m512 whole4(__m512i low, __m512i high, const uint8_t* x) {
-  __m512i a = integer4(low, high, x);
-  if (levels) a = _mm512_sub_epi32(a, _mm512_load_si512(x + 448));
-  return _mm512_cvtepi32_ps(a);
+  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 256), high, x + 320);
+  return _mm512_cvtepi32_ps(a); // below 15 * 8 * 2^23
 }
 
 inline __m512 whole8(__m512i w, const uint8_t* x) {
@@ -131,8 +124,7 @@ void pack_block(const float* x, int64_t count, int bits, uint8_t* out, __m512& s
     _mm256_store_si256(to + 2, _mm512_cvtepi16_epi8(_mm512_srli_epi16(first, 8)));
     _mm256_store_si256(to + 3, _mm512_cvtepi16_epi8(_mm512_srli_epi16(second, 8)));
   }
-  const __m512 whole = bits == 4 ? whole4<false>(one, one, out) : whole8(one, out);
-  sum = _mm512_mul_ps(whole, _mm512_load_ps(units));
+  sum = _mm512_mul_ps(bits == 4 ? whole4(one, one, out) : whole8(one, out), _mm512_load_ps(units));
 }
 
 int64_t packed(const Matrix& A, int M) {
@@ -156,10 +148,6 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
     for (int m = 0; m < M; ++m, to += L.bytes) {
       __m512 sum;
       pack_block(x[m] + k * L.columns, L.K - k * L.columns, A.bits, to, sum);
-      if (A.levels) {
-        const __m512i twelve = _mm512_set1_epi8(12);
-        _mm512_store_si512(to + 448, integer4(twelve, twelve, to));
-      }
       alignas(64) float lane[W];
       _mm512_store_ps(lane, sum);
       for (int i = 0; i < W; ++i) {
@@ -183,12 +171,11 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm_movelh_ps(pq, rs), _mm_movehl_ps(rs, pq));
 }
 
-template <int bits, bool levels, int R, int M>
+template <int bits, int R, int M>
 inline __attribute__((always_inline)) void tile(
     const Matrix& A, const Layout& L, const uint8_t* x, const float* of_x, float* const* y,
     int64_t n) {
-  constexpr int64_t columns = bits == 4 ? 128 : 64;
-  constexpr int64_t of_units = bits == 4 ? 384 : 192, bytes = of_units + (levels ? 128 : 64);
+  constexpr int64_t columns = bits == 4 ? 128 : 64, bytes = bits == 4 ? 448 : 256;
   const int64_t row_bytes = L.K * bits / 8;
   const auto* weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
   // Rows that come `ahead` are fetched meanwhile: no stride tells the hardware.
@@ -197,13 +184,13 @@ inline __attribute__((always_inline)) void tile(
   for (int64_t i = 0; i < R * L.G * width; i += 64) {
     const int64_t at = (n + tiles * R) * L.G * width + i;
     __builtin_prefetch(static_cast<const char*>(A.scales) + at, 0, 2);
-    if (!levels) __builtin_prefetch(static_cast<const char*>(A.biases) + at, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(A.biases) + at, 0, 2);
   }
   __m512 total[R][M];
   for (int r = 0; r < R; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
   }
-  for (int64_t g = 0; !levels && g < L.G; g += W) {
+  for (int64_t g = 0; g < L.G; g += W) {
     for (int r = 0; r < R; ++r) {
       const __m512 b = wide(first(L.G - g), A.biases, A.scale, (n + r) * L.G + g);
       for (int m = 0; m < M; ++m) {
@@ -215,7 +202,7 @@ inline __attribute__((always_inline)) void tile(
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i group = _mm512_srli_epi32(lane, lanes >= 16 ? 4 : lanes == 8 ? 3 : 2);
   const __mmask16 groups = first(lanes >= 16 ? 1 : W / lanes);
-  const __m512i nibble = _mm512_set1_epi8(15), above = table_of(fp4_above);
+  const __m512i nibble = _mm512_set1_epi8(15);
   for (int64_t k = 0; k < L.blocks; ++k, x += M * bytes) {
     const int64_t left = row_bytes - k * 64;
     const __mmask16 some = left >= 64 ? 0xffff : static_cast<__mmask16>((1u << left / 4) - 1);
@@ -228,19 +215,15 @@ inline __attribute__((always_inline)) void tile(
       if (bits == 4) {
         high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
         low = _mm512_and_si512(low, nibble);
-        if (levels) {
-          low = _mm512_shuffle_epi8(above, low);
-          high = _mm512_shuffle_epi8(above, high);
-        }
       }
       return _mm512_permutexvar_ps(group, wide(here, A.scales, A.scale, (n + r) * L.G + g));
     };
     if constexpr (M == 1) { // one row after another: few registers for many sums
-      const __m512 unit = _mm512_load_ps(x + of_units);
+      const __m512 unit = _mm512_load_ps(x + bytes - 64);
       for (int r = 0; r < R; ++r) {
         __m512i low, high;
         const __m512 scale = _mm512_mul_ps(read(r, low, high), unit);
-        const __m512 sum = bits == 4 ? whole4<levels>(low, high, x) : whole8(low, x);
+        const __m512 sum = bits == 4 ? whole4(low, high, x) : whole8(low, x);
         total[r][0] = _mm512_fmadd_ps(sum, scale, total[r][0]);
       }
     } else {
@@ -249,10 +232,9 @@ inline __attribute__((always_inline)) void tile(
       for (int r = 0; r < R; ++r) scale[r] = read(r, low[r], high[r]);
       for (int m = 0; m < M; ++m) {
         const uint8_t* xm = x + m * bytes;
-        const __m512 unit = _mm512_load_ps(xm + of_units);
+        const __m512 unit = _mm512_load_ps(xm + bytes - 64);
         for (int r = 0; r < R; ++r) {
-          const __m512 sum =
-              bits == 4 ? whole4<levels>(low[r], high[r], xm) : whole8(low[r], xm);
+          const __m512 sum = bits == 4 ? whole4(low[r], high[r], xm) : whole8(low[r], xm);
           total[r][m] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[r], unit), total[r][m]);
         }
       }
@@ -275,15 +257,15 @@ inline __attribute__((always_inline)) void tile(
   }
 }
 
-template <int bits, bool levels, int M>
+template <int bits, int M>
 void run_rows(const Matrix& A, const float* packed, float* const* y, int begin, int end) {
   constexpr int R = M <= 4 ? 4 : 2;
   const Layout L(A);
   const auto* x = reinterpret_cast<const uint8_t*>(packed);
   const float* of_x = packed + M * L.blocks * L.bytes / 4;
   int n = begin;
-  for (; n + R <= end; n += R) tile<bits, levels, R, M>(A, L, x, of_x, y, n);
-  for (; n < end; ++n) tile<bits, levels, 1, M>(A, L, x, of_x, y, n);
+  for (; n + R <= end; n += R) tile<bits, R, M>(A, L, x, of_x, y, n);
+  for (; n < end; ++n) tile<bits, 1, M>(A, L, x, of_x, y, n);
 }
 
 void run(
@@ -291,10 +273,8 @@ void run(
     int end) {
   if (!known(A)) return rows_avx512().run(A, M, packed, scratch, y, begin, end);
   by_rows(M, [&](auto rows) {
-    constexpr int M = rows.value;
-    if (A.levels) return run_rows<4, true, M>(A, packed, y, begin, end);
-    A.bits == 4 ? run_rows<4, false, M>(A, packed, y, begin, end)
-                : run_rows<8, false, M>(A, packed, y, begin, end);
+    A.bits == 4 ? run_rows<4, rows.value>(A, packed, y, begin, end)
+                : run_rows<8, rows.value>(A, packed, y, begin, end);
   });
 }
 
@@ -325,7 +305,7 @@ float peak(int rounds, int start) {
 
 const Rows& rows_vnni() {
   static const Rows table = {
-      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 8 * 64 / 3, true};
+      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 8 * 64 / 3};
   return table;
 }
 

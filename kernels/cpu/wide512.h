@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include "rows.h"
-#include "unpack.h"
 
 namespace streamer {
 namespace {
@@ -25,11 +24,6 @@ inline __m512 wide(__mmask16 some, const void* base, Scale type, int64_t index) 
       _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(base) + index);
   if (type == Scale::f16) return _mm512_cvtph_ps(half);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// Sixteen bytes, for shuffles to look up.
-inline __m512i table_of(const int8_t* values) {
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
 }
 
 } // namespace
