@@ -10,9 +10,11 @@ namespace streamer {
 namespace {
 
 // What M rows of x are packed to: for each tile of weights the digits that it meets, `lanes` rows of
-// x in each of one or two tiles; for each group and tile units; for each group and row sums of x.
+// x in each of one or two tiles; for each group and tile units, and what its sums begin with: what
+// the weights' middle makes of the digits, negative; for each group and row sums of x.
 struct Layout {
-  int64_t K, G, columns, steps, digits, units, sums;
+  int64_t K, G, columns, steps, digits, units, begins, sums;
+  int middle;
 
   Layout(const Matrix& A, int M, int lanes, int tiles)
       : K(A.K),
@@ -21,7 +23,9 @@ struct Layout {
         steps(A.group / columns),
         digits(K / 4 * 16 * lanes * tiles),
         units(G * tiles * 64),
-        sums(G * 32) {}
+        begins(G * tiles * 64),
+        sums(G * 32),
+        middle(A.middle) {}
 };
 
 constexpr int lanes_of(int M) {
@@ -70,12 +74,13 @@ void pack_row(const Layout& L, const float* x, int m, int M, uint8_t* out) {
   const int vectors = static_cast<int>(L.columns) / W;
   uint8_t* digits = out + t * L.columns / 4 * 16 * lanes;
   float* units = reinterpret_cast<float*>(out + L.digits) + t * W;
-  float* sums = reinterpret_cast<float*>(out + L.digits + L.units) + m;
+  uint8_t* begins = out + L.digits + L.units + t * 64 + lane * 16;
+  float* sums = reinterpret_cast<float*>(out + L.digits + L.units + L.begins) + m;
   // q + 0x808080 has the digits, 128 added to each, as its bytes.
   const __m512i middle = _mm512_set1_epi32(0x808080);
   const __m512i by_digit = _mm512_broadcast_i32x4(
       _mm_set_epi8(15, 11, 7, 3, 12, 8, 4, 0, 13, 9, 5, 1, 14, 10, 6, 2));
-  for (int64_t g = 0; g < L.G; ++g, units += W * tiles, sums += 8) {
+  for (int64_t g = 0; g < L.G; ++g, units += W * tiles, begins += 64 * tiles, sums += 8) {
     const float* from = x + g * L.steps * L.columns;
     __m512i most = _mm512_setzero_si512();
     for (int i = 0; i < L.steps * vectors; ++i) {
@@ -84,7 +89,7 @@ void pack_row(const Layout& L, const float* x, int m, int M, uint8_t* out) {
     }
     float up, down;
     unit(_mm512_reduce_max_epi32(most), up, down);
-    __m512i sum = _mm512_setzero_si512();
+    __m512i sum = _mm512_setzero_si512(), by_digits = sum; // of four columns: h, m, l and 0
     for (int64_t s = 0; s < L.steps; ++s, from += L.columns) {
       for (int i = 0; i < vectors; ++i) {
         const __m512 v = ordered(from, bits, static_cast<int>(L.columns), i);
@@ -92,6 +97,7 @@ void pack_row(const Layout& L, const float* x, int m, int M, uint8_t* out) {
         sum = _mm512_add_epi32(sum, q);
         const __m512i d = _mm512_shuffle_epi8(
             _mm512_xor_si512(_mm512_add_epi32(q, middle), middle), by_digit);
+        by_digits = _mm512_dpbusd_epi32(by_digits, _mm512_set1_epi8(1), d);
         if (lanes == 1) {
           _mm512_store_si512(digits + i * 64, d);
           continue;
@@ -108,6 +114,12 @@ void pack_row(const Layout& L, const float* x, int m, int M, uint8_t* out) {
       digits += tiles * L.columns / 4 * 16 * lanes;
     }
     *sums = static_cast<float>(_mm512_reduce_add_epi32(sum)) * down;
+    const __m256i half = _mm256_add_epi32(
+        _mm512_castsi512_si256(by_digits), _mm512_extracti64x4_epi64(by_digits, 1));
+    const __m128i four =
+        _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_store_si128(
+        reinterpret_cast<__m128i*>(begins), _mm_mullo_epi32(four, _mm_set1_epi32(-L.middle)));
     const __m128 all = _mm_mul_ps(_mm_set1_ps(down), _mm_set_ps(0.0f, 1.0f, 256.0f, 65536.0f));
     for (int i = lane; i < 4; i += lanes) _mm_store_ps(units + 4 * i, all);
   }

@@ -23,7 +23,7 @@ Matrix form_of(const Matrix& matrix) {
   switch (A.format) {
     case Format::dense: return A;
     case Format::affine:
-      if (A.bits < 4) A.middle = 1 << (A.bits - 1);
+      A.middle = 1 << (A.bits - 1);
       A.bits = A.bits <= 4 ? 4 : 8;
       return A;
     case Format::mxfp4:
@@ -49,7 +49,8 @@ Matrix form_rows(const Matrix& matrix, int64_t begin, int64_t end) {
   Matrix A = form_of(matrix);
   const int64_t each = form_bytes(matrix), count = end - begin;
   if (each == 0) return A;
-  float* to = workspace(Use::weights, (count * each + 3) / 4);
+  // Blocks of rows are read whole by some kernels, whatever lies behind the last.
+  float* to = workspace(Use::weights, (count + max_block) * each / 4 + 1);
   const auto* first = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(to) - begin * each);
   if (A.levels) {
     const int64_t G = A.K / A.group;

@@ -36,7 +36,8 @@ int width(const Matrix& A) {
 
 bool same_packing(const Matrix& a, const Matrix& b) {
   return a.K == b.K && a.format == b.format &&
-      (a.format == Format::dense || (a.bits == b.bits && a.group == b.group && a.levels == b.levels));
+      (a.format == Format::dense ||
+       (a.bits == b.bits && a.group == b.group && a.middle == b.middle && a.levels == b.levels));
 }
 
 void add_product(
@@ -116,7 +117,8 @@ void multiply_batch(
     float* scratch = workspace(Use::scratch, kernel.scratch(form_of(A)));
     int64_t tall = max_tile;
     if (const int64_t each = form_bytes(A); each > 0 && product.end - product.begin == 1) {
-      tall = std::clamp<int64_t>(made_bytes / each / 4 * 4, 4, max_tile);
+      const int64_t block = kernel.block;
+      tall = std::clamp<int64_t>(made_bytes / each / block * block, block, max_tile);
     }
     for (int64_t tile = begin; tile < end; tile += tall) {
       const int64_t stop = std::min<int64_t>(end, tile + tall);

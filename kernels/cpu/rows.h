@@ -15,6 +15,7 @@ enum class Scale { f32, f16, bf16 };
 
 constexpr int max_rows = 8;
 constexpr int max_tile = 96; // output rows of one run
+constexpr int max_block = 16; // that a kernel reads at once, the matrix's last ones apart
 
 struct Matrix {
   const void* w; // [N, K * bits / 32] uint32, or dense [N, K] of `scale`'s type
@@ -23,7 +24,7 @@ struct Matrix {
   int N, K, bits, group;
   Format format;
   Scale scale; // type of scales and biases, or of w when dense
-  int middle = 8; // of affine nibbles: sums of floats count from there, so that they stay small
+  int middle = 8; // of affine weights: where sums count from it, they stay small
   bool levels = false; // affine nibbles stand for fp4_halves, and there are no biases
 };
 
@@ -50,6 +51,7 @@ struct Rows {
   float (*peak)(int rounds, int start) = nullptr;
   int peak_multiplies = 0;
   bool levels = false; // whether run knows them: mxfp4 comes as affine then
+  int block = 4; // output rows that it takes at once, at least
 };
 
 // The table of the instruction set in use.

@@ -25,11 +25,11 @@ constexpr int64_t fetched = 4096; // bytes of weights between the next block and
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_avx512().packed(A, M);
   const Layout L = layout(A, M);
-  return (L.digits + L.units + L.sums) / 4;
+  return (L.digits + L.units + L.begins + L.sums) / 4;
 }
 
 int64_t scratch(const Matrix& A) {
-  return known(A) ? 16 : rows_avx512().scratch(A);
+  return known(A) ? W * int64_t(A.K) * A.bits / 32 : rows_avx512().scratch(A);
 }
 
 void pack(const Matrix& A, int M, const float* const* x, float* out) {
@@ -38,7 +38,8 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   auto* to = reinterpret_cast<uint8_t*>(out);
   if (M == 3 || (M > 4 && M < 8)) { // lanes that no row has
     const __m512i zero = _mm512_setzero_si512();
-    for (int64_t i = 0; i < L.digits + L.units + L.sums; i += 64) _mm512_store_si512(to + i, zero);
+    const int64_t bytes = L.digits + L.units + L.begins + L.sums;
+    for (int64_t i = 0; i < bytes; i += 64) _mm512_store_si512(to + i, zero);
   }
   for (int m = 0; m < M; ++m) {
     A.bits == 4 ? pack_row<4>(L, x[m], m, M, to) : pack_row<8>(L, x[m], m, M, to);
@@ -150,6 +151,7 @@ struct Block {
     const uint8_t* from = weights + r * row_bytes;
     const uint8_t* digits = packed + begin * tiles * tile_bytes;
     const float* units = reinterpret_cast<const float*>(packed + L.digits) + g * tiles * W;
+    const uint8_t* begins = packed + L.digits + L.units;
 
     // In the order of memory, whatever is read when: so the hardware fetches ahead, too.
     const int64_t share = R * step_bytes, ahead = W * row_bytes + fetched;
@@ -185,8 +187,8 @@ struct Block {
       }
       const int64_t group = step / L.steps, within = step - group * L.steps;
       if (within == 0) {
-        tile_zero<0>();
-        if (tiles == 2) tile_zero<1>();
+        tile_load<0>(begins + group * tiles * 64, 0); // the same for every row
+        if (tiles == 2) tile_load<1>(begins + group * tiles * 64 + 64, 0);
       }
       if (bits == 4) {
         tile_load<2>(bytes[step & 3], 64);
@@ -225,21 +227,30 @@ struct Block {
     return _mm512_add_ps(_mm512_add_ps(h, m), l);
   }
 
-  void run(float* const* y, int64_t n, int count) {
+  // y[m][n ...] for `count` rows from n on. Tiles read W of them: where the matrix has fewer, in `room`.
+  void run(float* const* y, int64_t n, int count, float* room) {
     rows = count;
     weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
+    if (n + W > A.N) {
+      __builtin_memset(room, 0, W * row_bytes);
+      __builtin_memcpy(room, weights, count * row_bytes);
+      weights = reinterpret_cast<const uint8_t*>(room);
+    }
     for (auto& half : totals) {
       for (float& total : half) total = 0.0f;
     }
     __m512 offset[M];
     for (int m = 0; m < M; ++m) offset[m] = _mm512_setzero_ps();
-    const float* sums = reinterpret_cast<const float*>(packed + L.digits + L.units);
+    const float* sums = reinterpret_cast<const float*>(packed + L.digits + L.units + L.begins);
+    const __m512 middle = _mm512_set1_ps(static_cast<float>(L.middle));
     for (int64_t g = 0; g < L.G; g += W) {
       const int64_t stop = g + W < L.G ? g + W : L.G;
       by_group(A, A.scales, L.G, n, rows, g, scales);
       by_group(A, A.biases, L.G, n, rows, g, biases);
       for (int64_t i = g; i < stop; ++i) {
-        const __m512 bias = _mm512_load_ps(biases + (i - g) * W);
+        const int64_t at = (i - g) * W;
+        const __m512 bias =
+            _mm512_fmadd_ps(middle, _mm512_load_ps(scales + at), _mm512_load_ps(biases + at));
         for (int m = 0; m < M; ++m) {
           offset[m] = _mm512_fmadd_ps(bias, _mm512_set1_ps(sums[i * 8 + m]), offset[m]);
         }
@@ -263,7 +274,8 @@ struct Block {
 };
 
 template <int bits, int M>
-void run_rows(const Matrix& A, const float* packed, float* const* y, int begin, int end) {
+void run_rows(
+    const Matrix& A, const float* packed, float* scratch, float* const* y, int begin, int end) {
   constexpr int lanes = lanes_of(M), tiles = tiles_of(M), R = W / tiles;
   const Layout L(A, M, lanes, tiles);
   Block<bits, M> block(A, L, packed);
@@ -274,7 +286,7 @@ void run_rows(const Matrix& A, const float* packed, float* const* y, int begin, 
   }
   shapes.set(2, R, static_cast<int>(L.columns));
   const Tiles in_use(shapes);
-  for (int n = begin; n < end; n += W) block.run(y, n, end - n < W ? end - n : W);
+  for (int n = begin; n < end; n += W) block.run(y, n, end - n < W ? end - n : W, scratch);
 }
 
 void run(
@@ -282,8 +294,8 @@ void run(
     int end) {
   if (!known(A)) return rows_avx512().run(A, M, packed, scratch, y, begin, end);
   by_rows(M, [&](auto rows) {
-    A.bits == 4 ? run_rows<4, rows.value>(A, packed, y, begin, end)
-                : run_rows<8, rows.value>(A, packed, y, begin, end);
+    A.bits == 4 ? run_rows<4, rows.value>(A, packed, scratch, y, begin, end)
+                : run_rows<8, rows.value>(A, packed, scratch, y, begin, end);
   });
 }
 
@@ -317,7 +329,8 @@ float peak(int rounds, int start) {
 
 const Rows* rows_amx() {
   static const Rows table = {
-      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 4 * 16 * 64 * 4};
+      packed, scratch, pack, run, rows_avx512().swiglu, rows_avx512().silu, peak, 4 * 16 * 64 * 4,
+      false, W};
   return &table;
 }
 

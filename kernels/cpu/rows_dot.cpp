@@ -30,12 +30,13 @@ struct Layout {
   }
 };
 
-// Weights of a block as V vectors of signed bytes; those of 8 bits less 128.
+// Weights of a block as V vectors of signed bytes; bytes less `middle`.
 template <Kind kind, int V>
-inline __attribute__((always_inline)) void read(const uint8_t* from, int8x16_t (&w)[V]) {
+inline __attribute__((always_inline)) void read(
+    const uint8_t* from, uint8x16_t middle, int8x16_t (&w)[V]) {
   if constexpr (kind == Kind::bytes) {
     for (int v = 0; v < V; ++v) {
-      w[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(from + 16 * v), vdupq_n_u8(128)));
+      w[v] = vreinterpretq_s8_u8(vsubq_u8(vld1q_u8(from + 16 * v), middle));
     }
     return;
   }
@@ -190,7 +191,7 @@ inline __attribute__((always_inline)) void tile(
     const float* of_x = packed + M * L.blocks * bytes / 4;
     for (int64_t g = 0; g < room; g += W) {
       const F whole_bias = kind == Kind::bytes
-          ? vfmaq_f32(vld1q_f32(b + g), vld1q_f32(s + g), vdupq_n_f32(128.0f))
+          ? vfmaq_n_f32(vld1q_f32(b + g), vld1q_f32(s + g), A.middle)
           : vld1q_f32(b + g);
       for (int m = 0; m < M; ++m) {
         total[r][m] = vfmaq_f32(total[r][m], whole_bias, vld1q_f32(of_x + m * L.sums + g));
@@ -199,11 +200,12 @@ inline __attribute__((always_inline)) void tile(
   }
   const auto* x = reinterpret_cast<const uint8_t*>(packed);
   const int64_t per_group = A.group / (16 * V); // blocks
+  const uint8x16_t middle = vdupq_n_u8(static_cast<uint8_t>(A.middle));
   for (int64_t g = 0; g < L.G; ++g) {
     for (int64_t k = 0; k < per_group; ++k, weights += width) {
       int8x16_t w[R][V];
       for (int r = 0; r < R; ++r) {
-        read<kind>(weights + r * row_bytes, w[r]);
+        read<kind>(weights + r * row_bytes, middle, w[r]);
         // The same columns of the rows that come next: no stride tells the hardware.
         __builtin_prefetch(weights + (R + r) * row_bytes);
       }

@@ -31,10 +31,10 @@ struct Layout {
         sums(A.format == Format::affine) {}
 };
 
-// Weights of two output rows as C pieces of eight columns of each; those of 8 bits less 128.
+// Weights of two output rows as C pieces of eight columns of each; bytes less `middle`.
 template <Kind kind, int C>
 inline __attribute__((always_inline)) void read(
-    const uint8_t* first, const uint8_t* second, int8x16_t (&w)[C]) {
+    const uint8_t* first, const uint8_t* second, uint8x16_t middle, int8x16_t (&w)[C]) {
   constexpr int vectors = kind == Kind::bytes ? C / 2 : C / 4;
   for (int v = 0; v < vectors; ++v) {
     const uint64x2_t a = vreinterpretq_u64_u8(vld1q_u8(first + 16 * v)),
@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void read(
         vreinterpretq_u8_u64(vzip1q_u64(a, b)), vreinterpretq_u8_u64(vzip2q_u64(a, b))};
     for (int i = 0; i < 2; ++i) {
       if constexpr (kind == Kind::bytes) {
-        w[2 * v + i] = vreinterpretq_s8_u8(veorq_u8(both[i], vdupq_n_u8(128)));
+        w[2 * v + i] = vreinterpretq_s8_u8(vsubq_u8(both[i], middle));
         continue;
       }
       const uint8x16_t low = vandq_u8(both[i], vdupq_n_u8(15)), high = vshrq_n_u8(both[i], 4);
@@ -216,13 +216,14 @@ inline void tile(
   const float* of_x = packed + pairs * L.blocks * bytes / 4;
   const int64_t per_group = A.group / (8 * C); // blocks
   int64_t at = 0;
+  const uint8x16_t middle = vdupq_n_u8(static_cast<uint8_t>(A.middle));
   for (int64_t g = 0; g < L.G; ++g) {
     F scale[R / 2];
     for (int r = 0; r < R / 2; ++r) {
       scale[r] = vld1q_f32(scales + r * room + g * W);
       if (kind == Kind::fp4) continue;
       F bias = vld1q_f32(biases + r * room + g * W);
-      if (kind == Kind::bytes) bias = vfmaq_f32(bias, scale[r], vdupq_n_f32(128.0f));
+      if (kind == Kind::bytes) bias = vfmaq_n_f32(bias, scale[r], A.middle);
       for (int p = 0; p < pairs; ++p) {
         total[r][p] = vfmaq_f32(total[r][p], bias, vld1q_f32(of_x + (g * pairs + p) * W));
       }
@@ -230,7 +231,7 @@ inline void tile(
     for (int64_t k = 0; k < per_group; ++k, at += width) {
       int8x16_t w[R / 2][C];
       for (int r = 0; r < R / 2; ++r) {
-        read<kind>(rows[2 * r] + at, rows[2 * r + 1] + at, w[r]);
+        read<kind>(rows[2 * r] + at, rows[2 * r + 1] + at, middle, w[r]);
         // The same columns of the rows that come next: no stride tells the hardware.
         __builtin_prefetch(rows[2 * r] + at + R * row_bytes);
         __builtin_prefetch(rows[2 * r + 1] + at + R * row_bytes);

@@ -16,7 +16,9 @@ namespace {
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
 // A block is 64 bytes of weights. Per row of x it holds digits h, m, l of what they meet, 64 bytes
-// each (4 bits: of the even ones, then of the odd ones), and sixteen units.
+// each (4 bits: of the even ones, then of the odd ones), sixteen units, and what the weights' middle
+// makes of each lane's h, negative: sums begin with it, as large ones would cancel only at the end.
+// What it makes of m and l, which are small, is packed by group beside the sums of x.
 struct Layout {
   int64_t K, G, columns, blocks, bytes, sums;
 
@@ -25,7 +27,7 @@ struct Layout {
         G(A.K / A.group),
         columns(A.bits == 4 ? 128 : 64),
         blocks((A.K + columns - 1) / columns),
-        bytes(A.bits == 4 ? 7 * 64 : 4 * 64),
+        bytes(A.bits == 4 ? 8 * 64 : 5 * 64),
         sums((G + W - 1) / W * W) {}
 };
 
@@ -72,23 +74,24 @@ inline __m512i dot(__m512i acc, __m512i w, const uint8_t* x) {
   return _mm512_dpbusd_epi32(acc, w, _mm512_load_si512(x));
 }
 
-// Sum over a lane's digits times w, as the integers that they stand for. `all` as below.
+// Sum over a lane's digits times w, as the integers that they stand for; of h from the middle on.
 inline __m512 whole4(__m512i low, __m512i high, const uint8_t* x) {
-  __m512i a = dot(dot(_mm512_setzero_si512(), low, x), high, x + 64);
+  __m512i a = dot(dot(_mm512_load_si512(x + 448), low, x), high, x + 64);
   a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 128), high, x + 192);
   a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 256), high, x + 320);
   return _mm512_cvtepi32_ps(a); // below 15 * 8 * 2^23
 }
 
 inline __m512 whole8(__m512i w, const uint8_t* x) {
-  __m512i a = dot(_mm512_setzero_si512(), w, x);
+  __m512i a = dot(_mm512_load_si512(x + 256), w, x);
   a = dot(_mm512_slli_epi32(a, 8), w, x + 64);
   const __m512i b = dot(_mm512_setzero_si512(), w, x + 128);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(b));
 }
 
-// One block of one row; false where nothing is left of it to sum.
-void pack_block(const float* x, int64_t count, int bits, uint8_t* out, __m512& sum) {
+// One block of one row, and its lanes' sums: of x, and of what m and l stand for.
+void pack_block(
+    const float* x, int64_t count, int bits, int middle, uint8_t* out, __m512& sum, __m512& low) {
   const int vectors = bits == 4 ? 8 : 4;
   alignas(64) uint8_t natural[3][128];
   float* units = reinterpret_cast<float*>(out + (bits == 4 ? 384 : 192));
@@ -124,13 +127,25 @@ void pack_block(const float* x, int64_t count, int bits, uint8_t* out, __m512& s
     _mm256_store_si256(to + 2, _mm512_cvtepi16_epi8(_mm512_srli_epi16(first, 8)));
     _mm256_store_si256(to + 3, _mm512_cvtepi16_epi8(_mm512_srli_epi16(second, 8)));
   }
-  sum = _mm512_mul_ps(bits == 4 ? whole4(one, one, out) : whole8(one, out), _mm512_load_ps(units));
+  __m512i sums[3]; // of the digits
+  for (int d = 0; d < 3; ++d) {
+    const uint8_t* from = out + (bits == 4 ? 128 : 64) * d;
+    sums[d] = dot(_mm512_setzero_si512(), one, from);
+    if (bits == 4) sums[d] = dot(sums[d], one, from + 64);
+  }
+  _mm512_store_si512(
+      units + W, _mm512_mullo_epi32(sums[0], _mm512_set1_epi32(-middle)));
+  const __m512i rest = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), sums[2]);
+  const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 16), rest);
+  const __m512 unit = _mm512_load_ps(units);
+  sum = _mm512_mul_ps(_mm512_cvtepi32_ps(all), unit);
+  low = _mm512_mul_ps(_mm512_cvtepi32_ps(rest), unit);
 }
 
 int64_t packed(const Matrix& A, int M) {
   if (!known(A)) return rows_avx512().packed(A, M);
   const Layout L(A);
-  return M * (L.blocks * L.bytes / 4 + L.sums);
+  return M * (L.blocks * L.bytes / 4 + 2 * L.sums);
 }
 
 int64_t scratch(const Matrix& A) {
@@ -142,17 +157,21 @@ void pack(const Matrix& A, int M, const float* const* x, float* out) {
   const Layout L(A);
   auto* to = reinterpret_cast<uint8_t*>(out);
   float* sums = out + M * L.blocks * L.bytes / 4;
-  for (int64_t i = 0; i < M * L.sums; ++i) sums[i] = 0.0f;
+  for (int64_t i = 0; i < M * 2 * L.sums; ++i) sums[i] = 0.0f;
   const int64_t lanes = A.group * W / L.columns; // of one group; 32 where it takes two blocks
   for (int64_t k = 0; k < L.blocks; ++k) {
     for (int m = 0; m < M; ++m, to += L.bytes) {
-      __m512 sum;
-      pack_block(x[m] + k * L.columns, L.K - k * L.columns, A.bits, to, sum);
-      alignas(64) float lane[W];
-      _mm512_store_ps(lane, sum);
+      __m512 sum, low;
+      pack_block(x[m] + k * L.columns, L.K - k * L.columns, A.bits, A.middle, to, sum, low);
+      alignas(64) float lane[2][W];
+      _mm512_store_ps(lane[0], sum);
+      _mm512_store_ps(lane[1], low);
+      float* mine = sums + m * 2 * L.sums;
       for (int i = 0; i < W; ++i) {
         const int64_t g = (k * W + i) / lanes;
-        if (g < L.G) sums[m * L.sums + g] += lane[i];
+        if (g >= L.G) break;
+        mine[g] += lane[0][i];
+        mine[L.sums + g] += lane[1][i];
       }
     }
   }
@@ -175,7 +194,7 @@ template <int bits, int R, int M>
 inline __attribute__((always_inline)) void tile(
     const Matrix& A, const Layout& L, const uint8_t* x, const float* of_x, float* const* y,
     int64_t n) {
-  constexpr int64_t columns = bits == 4 ? 128 : 64, bytes = bits == 4 ? 448 : 256;
+  constexpr int64_t columns = bits == 4 ? 128 : 64, bytes = bits == 4 ? 512 : 320;
   const int64_t row_bytes = L.K * bits / 8;
   const auto* weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
   // Rows that come `ahead` are fetched meanwhile: no stride tells the hardware.
@@ -190,11 +209,16 @@ inline __attribute__((always_inline)) void tile(
   for (int r = 0; r < R; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
   }
+  const __m512 middle = _mm512_set1_ps(static_cast<float>(A.middle));
   for (int64_t g = 0; g < L.G; g += W) {
     for (int r = 0; r < R; ++r) {
-      const __m512 b = wide(first(L.G - g), A.biases, A.scale, (n + r) * L.G + g);
+      const __mmask16 here = first(L.G - g);
+      const __m512 s = _mm512_mul_ps(middle, wide(here, A.scales, A.scale, (n + r) * L.G + g));
+      const __m512 b = _mm512_add_ps(s, wide(here, A.biases, A.scale, (n + r) * L.G + g));
       for (int m = 0; m < M; ++m) {
-        total[r][m] = _mm512_fmadd_ps(b, _mm512_load_ps(of_x + m * L.sums + g), total[r][m]);
+        const float* mine = of_x + m * 2 * L.sums + g;
+        total[r][m] = _mm512_fmadd_ps(b, _mm512_load_ps(mine), total[r][m]);
+        total[r][m] = _mm512_fnmadd_ps(s, _mm512_load_ps(mine + L.sums), total[r][m]);
       }
     }
   }
@@ -219,7 +243,7 @@ inline __attribute__((always_inline)) void tile(
       return _mm512_permutexvar_ps(group, wide(here, A.scales, A.scale, (n + r) * L.G + g));
     };
     if constexpr (M == 1) { // one row after another: few registers for many sums
-      const __m512 unit = _mm512_load_ps(x + bytes - 64);
+      const __m512 unit = _mm512_load_ps(x + bytes - 128);
       for (int r = 0; r < R; ++r) {
         __m512i low, high;
         const __m512 scale = _mm512_mul_ps(read(r, low, high), unit);
@@ -232,7 +256,7 @@ inline __attribute__((always_inline)) void tile(
       for (int r = 0; r < R; ++r) scale[r] = read(r, low[r], high[r]);
       for (int m = 0; m < M; ++m) {
         const uint8_t* xm = x + m * bytes;
-        const __m512 unit = _mm512_load_ps(xm + bytes - 64);
+        const __m512 unit = _mm512_load_ps(xm + bytes - 128);
         for (int r = 0; r < R; ++r) {
           const __m512 sum = bits == 4 ? whole4(low[r], high[r], xm) : whole8(low[r], xm);
           total[r][m] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[r], unit), total[r][m]);
