@@ -35,6 +35,7 @@ PERIOD = 0.125  # seconds between drawings
 SHARE = 0.005  # of the time may go into drawing: it is done less often where it takes long
 WINDOW = 3.0  # seconds that rates are taken over
 BETWEEN = "   "
+ECHO = 2  # columns left free: what a terminal shows of Ctrl-C must not begin another line
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -191,8 +192,13 @@ class View:
         cells.append(("memory", f"{format_size(footprint())} of {limit}"))
         width, height = self._console.size if self._console else (80, 25)
         rule = Text("─" * width, "dim", no_wrap=True)
-        residency = [self._residency()] if streamer.executors else []
-        return [rule, *_packed(cells, width)[: max(1, height - 4)], *residency]
+        room = max(1, width - ECHO)
+        lines = _packed(cells, room)[: max(1, height - 4)]
+        if streamer.executors:
+            lines.append(self._residency())
+        for line in lines:
+            line.truncate(room, overflow="ellipsis")
+        return [rule, *lines]
 
     def _residency(self) -> Text:
         """Of each layer, how many of its experts are in memory."""

@@ -124,6 +124,8 @@ def test_a_narrow_terminal_shows_all_of_it(size: tuple[int, int]) -> None:
     words = ("speed", "hits", "queued", "disk", "accepted", "memory", "in memory")
     shown = terminal.until(lambda s: all(word in s for word in words))
     assert f"{'─' * size[0]}" in shown
+    beneath = shown.partition("─" * size[0])[2].split("\n")[1:]
+    assert all(len(line.rstrip()) <= size[0] - live.ECHO for line in beneath), shown
     terminal.type(b"\x03")
     code, lines = terminal.end()
     assert code == 130 and "─" * 20 not in lines and "queued" not in lines
