@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .counters import Tally
-from .guess import Guess, Guesser, Moment, Rehearsed
+from .guess import REHEARSED, Guess, Guesser, Moment, Rehearsed
 from .ways import Mean
 
 if TYPE_CHECKING:
@@ -149,6 +149,23 @@ class Foresight:
         experts = [e for e, likely in wanted.get(layer, {}).items() if likely >= self._least()]
         self._prefetch(layer, experts, deadline, room, keep)
 
+    @property
+    def trusts_rehearsals(self) -> bool:
+        """Whether what a rehearsed layer names is to be read."""
+        return self._likely[REHEARSAL][_bucket(REHEARSED)].share >= self._least()
+
+    def came(self, misses: int, named: int, right: int, read: int, used: int) -> None:
+        """Of a pass that the extension ran, and rehearsed layers of: as in `counters.Tally`."""
+        tally = self._tallies[REHEARSAL]
+        tally.misses += misses
+        tally.named += named
+        tally.right += right
+        tally.read += read
+        tally.used += used
+        likely = self._likely[REHEARSAL][_bucket(REHEARSED)]
+        for i in range(named):
+            likely.add(i < right)
+
     def _least(self) -> float:
         return max(LEAST, self.busy.value)
 
@@ -175,7 +192,7 @@ class Foresight:
         for layer, expert, strength in guesses:
             if tables[layer][expert] >= 0:
                 continue
-            bucket = min(BUCKETS - 1, int(strength * BUCKETS))
+            bucket = _bucket(strength)
             self._named.setdefault(layer, {}).setdefault(expert, []).append((name, bucket))
             found.setdefault(layer, {})[expert] = likely[bucket].share
         return found
@@ -207,6 +224,10 @@ class Foresight:
                 tally.right += right
                 tally.used += right and (layer, expert) in self._read
                 self._likely[name][bucket].add(right)
+
+
+def _bucket(strength: float) -> int:
+    return min(BUCKETS - 1, int(strength * BUCKETS))
 
 
 def _buckets() -> list[_Likely]:

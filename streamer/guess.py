@@ -27,6 +27,7 @@ from .experts import LayerExperts
 MEMORY = 1 << 20  # bytes of a token memory, and of the routers held as plain floats
 SURE = 3  # times that a choice must repeat to be sure of
 TOKENS = 1024  # remembered at most
+REHEARSED = 0.9  # strength of what a rehearsed layer chose
 
 
 class Guess(NamedTuple):
@@ -198,7 +199,7 @@ class Rehearsed:
         self._named: list[Guess] = []
 
     def named(self, layer: int, experts: Iterable[int]) -> None:
-        self._named += [Guess(layer, e, 0.9) for e in experts]
+        self._named += [Guess(layer, e, REHEARSED) for e in experts]
 
     def observe(self, layer: int, tokens: np.ndarray, ids: np.ndarray) -> None:
         return

@@ -1,9 +1,10 @@
 """Experts that the extension brings in by itself, in the middle of a pass.
 
-Where nothing guesses, a layer that misses needs no Python: which experts go, where the absent ones
-are read from and to, and what is counted are plain numbers. `kernels.native.ExpertCache` does on
+Where no guesser guesses, a layer that misses needs no Python: which experts go, where the absent
+ones are read from and to, and what is counted are plain numbers. `kernels.native.ExpertCache` does on
 the pool's own arrays what `streamer.residency` and `streamer.lrfu` do, to the bit; these remain the
-reference, and serve whatever is asked for otherwise.
+reference, and serve whatever is asked for otherwise. Where a pass looks ahead, the layers behind one
+that waits are rehearsed there too, and what they name is read ahead as `streamer.ahead` does.
 
     STREAMER_SERVING=python      # turns it off
 """
@@ -18,6 +19,7 @@ import numpy as np
 from kernels import backend
 
 from .lrfu import Lrfu
+from .ways import SLACK
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -37,7 +39,7 @@ class Serving:
         Until `end` or `lost` nothing else may be asked of the executor.
         """
         run, pool = self._run, self._run.pool
-        if self._off or run.ahead.held or run.fresh or run.fetching.effort is not None:
+        if self._off or run.ahead.held or run.fresh:
             return None
         if run.foresight is not None and run.foresight.listens:
             return None
@@ -53,6 +55,11 @@ class Serving:
         run.moved()
         cache = self._made[1]
         cache.watched = run.watch is not None
+        effort, sight = run.fetching.effort, run.foresight
+        if effort is None or sight is None:
+            cache.look(each=0.0)
+        else:
+            cache.look(run.pace.each, effort.layer, SLACK, sight.trusts_rehearsals)
         return cache
 
     def end(self, layer: int, rows: int, waited: float) -> None:
@@ -63,7 +70,7 @@ class Serving:
         run = self._run
         assert self._made is not None
         pool, cache = self._made
-        hits, misses, waits, demands, told, failed = cache.take()
+        hits, misses, waits, demands, told, failed, rehearsals, guesses = cache.take()
         counters = run.counters
         counters.hits += hits
         counters.misses += misses
@@ -72,8 +79,10 @@ class Serving:
         pool.went(layer)
         run.fetching.rows.add(rows)
         run.waited(waited)
-        for nbytes, seconds in demands:
-            run.demanded(nbytes, seconds, beside=False)
+        for nbytes, seconds, beside in demands:
+            run.demanded(nbytes, seconds, beside)
+        if run.fetching.effort is not None:
+            self._looked(rows, misses, rehearsals, guesses)
         if run.watch is not None:
             for at, k, ids, missed in told:
                 chosen = np.frombuffer(ids, dtype=np.int32).reshape(-1, k)
@@ -82,6 +91,23 @@ class Serving:
             run.abandon()
             assert run.store.native is not None
             raise run.store.native.error(*failed.error())
+
+    def _looked(
+        self, rows: int, misses: int, rehearsals: list[float], guesses: tuple[int, int, int, int]
+    ) -> None:
+        """What came of looking ahead in a pass with so many misses."""
+        run, counters = self._run, self._run.counters
+        assert run.fetching.effort is not None and run.foresight is not None
+        for seconds in rehearsals:
+            run.fetching.effort.looked(seconds)
+            if run.watch is not None:
+                run.watch.step("rehearse", rows, seconds)
+        run.foresight.came(misses, *guesses)
+        _, _, read, used = guesses
+        counters.rehearsals += len(rehearsals)
+        counters.prefetched += read
+        counters.prefetch_used += used
+        counters.bytes_guessed += read * run.expert_bytes
 
     def lost(self) -> None:
         """The pass ended otherwise, begun here or not: no expert is known to be whole."""

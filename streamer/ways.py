@@ -100,6 +100,11 @@ class Effort:
         self._layer, self._return = Mean(), Mean()
         self._idle = 0  # passes since it could pay
 
+    @property
+    def layer(self) -> float:
+        """Seconds that rehearsing a layer takes; 0 while unknown."""
+        return self._layer.value
+
     def looked(self, seconds: float) -> None:
         """A layer was rehearsed and read back."""
         self._layer.add(seconds)
@@ -194,7 +199,7 @@ class Ways:
             self._costs[way].append(seconds)
         self._last = way
         self._missing.add(seen.missing)
-        if seen.served and seen.missing:
+        if seen.served and seen.missing and way == "layerwise":
             self._each.add(seen.waited / seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
         if self._left and way == self._trial:

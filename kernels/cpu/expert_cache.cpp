@@ -1,6 +1,9 @@
 #include "expert_cache.h"
 
 #include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <tuple>
 
 #include "data.h"
 
@@ -8,6 +11,26 @@ namespace streamer {
 namespace {
 
 constexpr int file_shift = 44; // streamer.trace.FILE_SHIFT
+
+double now() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+bool done(const ReadBatch& batch) {
+  return batch.left.load(std::memory_order_acquire) == 0;
+}
+
+bool has(const std::vector<int>& sorted, int expert) {
+  return std::binary_search(sorted.begin(), sorted.end(), expert);
+}
+
+std::vector<int> distinct(const int32_t* ids, int count) {
+  std::vector<int> all(ids, ids + count);
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return all;
+}
 
 } // namespace
 
@@ -29,6 +52,8 @@ ExpertCache::ExpertCache(
     layer_of_.resize(layer_of_.size() + layer.experts, static_cast<int>(first_.size()) - 1);
   }
   for (const SlotTensor& tensor : tensors_) bytes_ += static_cast<int64_t>(tensor.nbytes);
+  expected_.assign(layer_of_.size(), 0);
+  named_.resize(layers_.size());
 }
 
 ExpertCache::~ExpertCache() {
@@ -51,8 +76,15 @@ void ExpertCache::chose(int layer, const int32_t* ids, int rows, int k) {
   for (int e = 0; e < E; ++e) heat[e] += rows_[e];
 }
 
+void ExpertCache::place(int layer, int expert, int slot) {
+  layers_[layer].slots[expert] = slot;
+  ++s_.resident[layer];
+  s_.held[slot] = first_[layer] + expert;
+}
+
 void ExpertCache::evict(int slot) {
   const int expert = static_cast<int>(s_.held[slot]), layer = layer_of_[expert];
+  expected_[expert] = 0;
   layers_[layer].slots[expert - first_[layer]] = -1;
   --s_.resident[layer];
   s_.held[slot] = -1;
@@ -63,10 +95,11 @@ std::vector<int> ExpertCache::freed(int count, int layer, const std::vector<int>
   const int wanted = count - static_cast<int>(s_.spares[0]);
   if (wanted > 0) {
     struct Victim {
+      bool expected; // the last to go
       double soon; // less is later
       int slot;
       bool operator<(const Victim& other) const {
-        return soon != other.soon ? soon < other.soon : slot < other.slot;
+        return std::tie(expected, soon, slot) < std::tie(other.expected, other.soon, other.slot);
       }
     };
     std::vector<Victim> all;
@@ -75,16 +108,14 @@ std::vector<int> ExpertCache::freed(int count, int layer, const std::vector<int>
       const int64_t expert = s_.held[slot];
       if (expert < 0) continue;
       const double share = std::max(s_.heat[expert] * rules_.share, rules_.never);
-      all.push_back({-1 / share - turns[layer_of_[expert]], slot});
+      all.push_back({expected_[expert] != 0, -1 / share - turns[layer_of_[expert]], slot});
     }
     const size_t most = std::min(all.size(), wanted + keep.size());
     std::partial_sort(all.begin(), all.begin() + most, all.end());
     int left = wanted;
     for (size_t i = 0; i < most && left; ++i) {
       const int expert = static_cast<int>(s_.held[all[i].slot]);
-      if (layer_of_[expert] == layer && std::binary_search(keep.begin(), keep.end(), expert - first_[layer])) {
-        continue;
-      }
+      if (layer_of_[expert] == layer && has(keep, expert - first_[layer])) continue;
       evict(all[i].slot);
       --left;
     }
@@ -95,53 +126,85 @@ std::vector<int> ExpertCache::freed(int count, int layer, const std::vector<int>
   return slots;
 }
 
+std::shared_ptr<ReadBatch> ExpertCache::load(
+    int layer, const int* experts, const int* slots, size_t count, std::optional<double> guess) {
+  const CachedLayer& at = layers_[layer];
+  std::vector<ReadPiece> pieces;
+  for (size_t i = 0; i < count; ++i) {
+    for (size_t t = 0; t < tensors_.size(); ++t) {
+      const int64_t from = at.parts[t][experts[i]];
+      pieces.push_back(
+          {static_cast<int>(from >> file_shift), from & ((int64_t(1) << file_shift) - 1),
+           tensors_[t].at + slots[i] * tensors_[t].nbytes, tensors_[t].nbytes});
+    }
+  }
+  return reads_->submit(std::move(pieces), {}, guess);
+}
+
 bool ExpertCache::bring(
     int layer, const int32_t* ids, int rows, int k, int32_t* slots, std::vector<Coming>& coming) {
   check(layer >= 0 && layer < static_cast<int>(layers_.size()), "cache: there is no such layer");
   const CachedLayer& at = layers_[layer];
   const int count = rows * k;
   coming.clear();
-  std::vector<int> need(ids, ids + count), misses;
-  std::sort(need.begin(), need.end());
-  need.erase(std::unique(need.begin(), need.end()), need.end());
+  const std::vector<int> need = distinct(ids, count);
   const bool fits = need.front() >= 0 && need.back() < at.experts; // else of what is no number
   if (!fits || static_cast<int>(need.size()) > s_.slots ||
       rows >= static_cast<int>(rules_.ages.size())) {
     return false;
   }
+  at_ = layer;
+  need_ = need;
+  early_ = false;
   chose(layer, ids, rows, k);
+  if (!ahead_.empty() || !wrong_.empty()) {
+    const size_t held = ahead_.size() + wrong_.size();
+    need.size() + held <= static_cast<size_t>(s_.slots) ? reclaim(false) : drop(true);
+  }
+  std::vector<int> misses, late;
   for (int expert : need) {
+    expected_[first_[layer] + expert] = 0;
     if (at.slots[expert] < 0) misses.push_back(expert);
   }
   served_.hits += static_cast<int64_t>(need.size() - misses.size());
   served_.misses += static_cast<int64_t>(misses.size());
   if (watched) served_.told.push_back({layer, k, {ids, ids + count}, misses});
+  score(layer, misses);
+  const std::vector<Guessed> early = joined(layer, misses);
+  auto comes = [&](const std::shared_ptr<ReadBatch>& batch, const std::vector<int>& experts) {
+    Coming wave{{}, batch};
+    for (int pair = 0; pair < count; ++pair) {
+      if (has(experts, ids[pair])) wave.pairs.push_back(pair);
+    }
+    under_way_.push_back(batch);
+    coming.push_back(std::move(wave));
+  };
+  for (size_t i = 0; i < early.size();) { // those of one batch lie together
+    std::vector<int> experts;
+    const auto& batch = early[i].batch;
+    for (; i < early.size() && early[i].batch == batch; ++i) experts.push_back(early[i].expert);
+    comes(batch, experts);
+  }
+  for (int expert : misses) {
+    if (at.slots[expert] < 0) late.push_back(expert);
+  }
+  if (!late.empty()) {
+    const std::vector<int> taken = freed(static_cast<int>(late.size()), layer, need);
+    for (size_t i = 0; i < late.size(); i += rules_.wave) {
+      const size_t n = std::min(late.size() - i, size_t(rules_.wave));
+      for (size_t j = i; j < i + n; ++j) place(layer, late[j], taken[j]);
+      comes(load(layer, &late[i], &taken[i], n, std::nullopt), {&late[i], &late[i] + n});
+    }
+  }
   if (!misses.empty()) {
     ++served_.waits;
-    const std::vector<int> taken = freed(static_cast<int>(misses.size()), layer, need);
-    for (size_t i = 0; i < misses.size(); i += rules_.wave) {
-      const size_t end = std::min(misses.size(), i + rules_.wave);
-      std::vector<ReadPiece> pieces;
-      Coming wave;
-      for (size_t j = i; j < end; ++j) {
-        for (size_t t = 0; t < tensors_.size(); ++t) {
-          const int64_t from = at.parts[t][misses[j]];
-          pieces.push_back(
-              {static_cast<int>(from >> file_shift), from & ((int64_t(1) << file_shift) - 1),
-               tensors_[t].at + taken[j] * tensors_[t].nbytes, tensors_[t].nbytes});
-        }
-        at.slots[misses[j]] = taken[j];
-        ++s_.resident[layer];
-        s_.held[taken[j]] = first_[layer] + misses[j];
-        for (int pair = 0; pair < count; ++pair) {
-          if (ids[pair] == misses[j]) wave.pairs.push_back(pair);
-        }
-      }
-      wave.batch = reads_->submit(std::move(pieces), {}, std::nullopt);
-      under_way_.push_back(wave.batch);
-      coming.push_back(std::move(wave));
-    }
     asked_ = bytes_ * static_cast<int64_t>(misses.size());
+    since_ = now();
+    early_ = !early.empty();
+    beside_ = false;
+    for (const auto* all : {&ahead_, &wrong_}) {
+      for (const Guessed& one : *all) beside_ = beside_ || !done(*one.batch);
+    }
   }
   for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
   return true;
@@ -149,25 +212,133 @@ bool ExpertCache::bring(
 
 bool ExpertCache::landed() {
   if (under_way_.empty()) return true;
-  wait();
   double seconds = 0;
   for (const auto& batch : under_way_) {
+    while (!reads_->wait(*batch, 1)) {
+    }
     if (batch->state != reading_fine) served_.failed = batch;
     seconds = std::max(seconds, batch->ended - batch->asked);
   }
-  served_.demands.emplace_back(asked_, seconds);
+  if (!early_) served_.demands.push_back({asked_, seconds, beside_});
   under_way_.clear();
   return served_.failed == nullptr;
 }
 
-void ExpertCache::wait() const {
+bool ExpertCache::idle(bool first) const {
+  if (!looking || std::all_of(under_way_.begin(), under_way_.end(), [](const auto& batch) {
+        return done(*batch);
+      })) {
+    return false;
+  }
+  const double left = asked_ * looking->each - (now() - since_);
+  return left > 0 && left > looking->layer * (first ? looking->slack : 1);
+}
+
+void ExpertCache::rehearsed(double seconds) {
+  served_.rehearsals.push_back(seconds);
+  if (looking && !looking->layer) looking->layer = seconds;
+}
+
+void ExpertCache::guess(int layer, const int32_t* ids, int count, int deadline, int32_t* slots) {
+  check(layer >= 0 && layer < static_cast<int>(layers_.size()), "cache: there is no such layer");
+  const CachedLayer& at = layers_[layer];
+  std::fill_n(slots, count, -1);
+  const std::vector<int> chosen = distinct(ids, count);
+  if (chosen.front() < 0 || chosen.back() >= at.experts) return; // of what is no number
+  for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
+  std::vector<int> absent;
+  for (int expert : chosen) {
+    if (at.slots[expert] < 0) {
+      absent.push_back(expert);
+    } else {
+      expected_[first_[layer] + expert] = 1;
+    }
+  }
+  // What the waiting layer needs and this one found stays, and this one's absent ones fit besides.
+  const size_t taken = ahead_.size() + wrong_.size() + need_.size() + chosen.size();
+  const size_t room = taken < static_cast<size_t>(s_.slots) ? s_.slots - taken : 0;
+  const size_t reads = looking && looking->reads ? std::min(absent.size(), room) : 0;
+  for (size_t i = 0; i < absent.size(); ++i) named_[layer].push_back({absent[i], i < reads});
+  if (!reads) return;
+  const std::vector<int> own = freed(static_cast<int>(reads), at_ < 0 ? layer : at_, need_);
+  for (size_t i = 0; i < reads; i += rules_.wave) {
+    const size_t n = std::min(reads - i, size_t(rules_.wave));
+    const auto batch = load(layer, &absent[i], &own[i], n, deadline);
+    for (size_t j = i; j < i + n; ++j) ahead_.push_back({layer, absent[j], own[j], batch});
+  }
+}
+
+// The layer asks for these absent ones: what was said of it before.
+void ExpertCache::score(int layer, const std::vector<int>& misses) {
+  for (const Named& one : named_[layer]) {
+    const bool right = has(misses, one.expert);
+    ++served_.guesses.named;
+    served_.guesses.right += right;
+    served_.guesses.read += one.read;
+    served_.guesses.used += right && one.read;
+  }
+  named_[layer].clear();
+}
+
+// Those of them that are read ahead, now in the pool; what else was for this layer is not needed.
+std::vector<Guessed> ExpertCache::joined(int layer, const std::vector<int>& misses) {
+  std::vector<Guessed> found, others;
+  size_t wrong = wrong_.size();
+  for (Guessed& one : ahead_) {
+    (one.layer != layer ? others : has(misses, one.expert) ? found : wrong_).push_back(std::move(one));
+  }
+  ahead_ = std::move(others);
+  for (const Guessed& one : found) place(layer, one.expert, one.slot);
+  for (; wrong < wrong_.size(); ++wrong) {
+    const auto& batch = wrong_[wrong].batch;
+    const bool shared = std::any_of(
+        found.begin(), found.end(), [&](const Guessed& one) { return one.batch == batch; });
+    if (!shared) reads_->cancel(batch);
+  }
+  for (const Guessed& one : found) reads_->promote(one.batch);
+  return found;
+}
+
+// Slots of what was not needed: where its bytes have come they are kept until somebody needs the slot.
+void ExpertCache::reclaim(bool wait) {
+  std::vector<Guessed> left;
+  for (Guessed& one : wrong_) {
+    while (wait && !reads_->wait(*one.batch, 1)) {
+    }
+    if (!done(*one.batch)) {
+      left.push_back(std::move(one));
+      continue;
+    }
+    if (one.batch->state == reading_fine && layers_[one.layer].slots[one.expert] < 0) {
+      place(one.layer, one.expert, one.slot);
+    } else {
+      s_.spare[s_.spares[0]++] = one.slot;
+    }
+  }
+  wrong_ = std::move(left);
+}
+
+void ExpertCache::drop(bool wait) {
+  for (const Guessed& one : ahead_) reads_->cancel(one.batch);
+  std::move(ahead_.begin(), ahead_.end(), std::back_inserter(wrong_));
+  ahead_.clear();
+  reclaim(wait);
+}
+
+void ExpertCache::wait() {
   for (const auto& batch : under_way_) {
     while (!reads_->wait(*batch, 1)) {
     }
   }
+  drop(true);
 }
 
 Served ExpertCache::take() {
+  drop(true);
+  for (auto& named : named_) named.clear();
+  std::fill(expected_.begin(), expected_.end(), 0);
+  need_.clear();
+  at_ = -1;
   Served out;
   std::swap(out, served_);
   return out;

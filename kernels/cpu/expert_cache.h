@@ -1,9 +1,10 @@
 // A pool's experts brought into its slots in the middle of a pass: what streamer.residency and
-// streamer.lrfu do, to the bit, on their own arrays.
+// streamer.lrfu do, to the bit, on their own arrays; and what layers that are rehearsed meanwhile
+// name is read ahead, as streamer.ahead does.
 #pragma once
 
 #include <memory>
-#include <utility>
+#include <optional>
 #include <vector>
 
 #include "moe.h"
@@ -52,17 +53,46 @@ struct Coming {
   std::shared_ptr<ReadBatch> batch;
 };
 
+// An expert that is read before it is asked for, into a slot of its own.
+struct Guessed {
+  int layer, expert, slot;
+  std::shared_ptr<ReadBatch> batch;
+};
+
+// Whether layers are rehearsed while one waits: seconds a byte of what is waited for, seconds of a
+// layer's rehearsal (0: not known), how many times those must be left of a wait for the first one;
+// whether what they name is read.
+struct Looking {
+  double each, layer, slack;
+  bool reads;
+};
+
+// What a layer waited for; beside: while guesses were being read.
+struct Demand {
+  int64_t nbytes;
+  double seconds;
+  bool beside;
+};
+
+// Absent experts that rehearsed layers named: of these right, asked for then; read ahead, and of
+// those used.
+struct Guesses {
+  int64_t named = 0, right = 0, read = 0, used = 0;
+};
+
 // A layer's choice, kept for whoever watches.
 struct Told {
   int layer, k;
   std::vector<int32_t> ids, missed;
 };
 
-// What has come of it since it was asked last.
+// What has come of it since it was asked last. rehearsals: seconds of each layer.
 struct Served {
   int64_t hits = 0, misses = 0, waits = 0;
-  std::vector<std::pair<int64_t, double>> demands; // bytes that a layer waited for, seconds they took
+  std::vector<Demand> demands;
   std::vector<Told> told;
+  std::vector<double> rehearsals;
+  Guesses guesses;
   std::shared_ptr<ReadBatch> failed; // a read; what was computed with it is nothing
 };
 
@@ -81,19 +111,41 @@ class ExpertCache {
   bool bring(int layer, const int32_t* ids, int rows, int k, int32_t* slots, std::vector<Coming>& coming);
   // What the last call brought is there and used. False if a read failed.
   bool landed();
-  void wait() const; // nothing of it is being read any more
-  Served take();
+
+  // Whether there is time to rehearse a layer while what was brought last is being read; first: the
+  // first of them.
+  bool idle(bool first) const;
+  // A layer was rehearsed and chose ids [count]: their slots, -1 for absent ones, which are read
+  // ahead if there is room; of several layers those with the least deadline first.
+  void guess(int layer, const int32_t* ids, int count, int deadline, int32_t* slots);
+  void rehearsed(double seconds);
+
+  void wait(); // guesses are dropped, and nothing is being read any more
+  Served take(); // the pass is over: the same, and what came of it
 
   bool watched = false; // whether choices are kept
+  std::optional<Looking> looking;
 
   const std::shared_ptr<Reads>& reads() const {
     return reads_;
   }
 
  private:
+  struct Named {
+    int expert;
+    bool read;
+  };
+
   void chose(int layer, const int32_t* ids, int rows, int k);
   std::vector<int> freed(int count, int layer, const std::vector<int>& keep);
+  void place(int layer, int expert, int slot);
   void evict(int slot);
+  std::shared_ptr<ReadBatch> load(
+      int layer, const int* experts, const int* slots, size_t count, std::optional<double> guess);
+  void score(int layer, const std::vector<int>& misses);
+  std::vector<Guessed> joined(int layer, const std::vector<int>& misses);
+  void reclaim(bool wait);
+  void drop(bool wait);
 
   std::shared_ptr<Reads> reads_;
   std::vector<CachedLayer> layers_;
@@ -104,6 +156,13 @@ class ExpertCache {
   std::vector<double> rows_; // scratch
   std::vector<std::shared_ptr<ReadBatch>> under_way_;
   int64_t bytes_ = 0, asked_ = 0; // of an expert; of what is under way
+  double since_ = 0; // when it was asked for
+  bool early_ = false, beside_ = false; // some of it was guessed; guesses were being read
+  int at_ = -1; // the layer that was brought last
+  std::vector<int> need_; // and its experts
+  std::vector<Guessed> ahead_, wrong_; // wrong: not needed, their slots not yet free
+  std::vector<char> expected_; // of all experts: a rehearsed layer chose it
+  std::vector<std::vector<Named>> named_; // by layer
   Served served_;
 };
 

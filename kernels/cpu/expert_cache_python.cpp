@@ -1,7 +1,6 @@
 // kernels.native.ExpertCache: what Python sees of expert_cache.h.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -76,16 +75,31 @@ void bind_expert_cache(nb::module_& m) {
       .def_rw("watched", &ExpertCache::watched)
       .def(
           "wait",
-          [](const ExpertCache& self) {
+          [](ExpertCache& self) {
             nb::gil_scoped_release free;
             self.wait();
           },
-          "Until nothing of it is being read.")
+          "Until nothing of it is being read; guesses are dropped.")
+      .def(
+          "look",
+          [](ExpertCache& self, double each, double layer, double slack, bool reads) {
+            self.looking.reset();
+            if (each > 0) self.looking = {each, layer, slack, reads};
+          },
+          "each"_a, "layer"_a = 0.0, "slack"_a = 1.0, "reads"_a = true,
+          "Whether layers are rehearsed while one waits, see expert_cache.h; not where each is 0.")
       .def(
           "take",
           [](ExpertCache& self) {
-            streamer::Served all = self.take();
-            nb::list told;
+            streamer::Served all;
+            {
+              nb::gil_scoped_release free;
+              all = self.take();
+            }
+            nb::list told, demands;
+            for (const auto& one : all.demands) {
+              demands.append(nb::make_tuple(one.nbytes, one.seconds, one.beside));
+            }
             for (const auto& one : all.told) {
               nb::bytes ids(reinterpret_cast<const char*>(one.ids.data()), one.ids.size() * 4);
               told.append(nb::make_tuple(one.layer, one.k, ids, one.missed));
@@ -96,9 +110,13 @@ void bind_expert_cache(nb::module_& m) {
                   new streamer::Ticket(self.reads(), all.failed, nb::none()),
                   nb::rv_policy::take_ownership);
             }
-            return nb::make_tuple(all.hits, all.misses, all.waits, all.demands, told, failed);
+            const streamer::Guesses& by = all.guesses;
+            return nb::make_tuple(
+                all.hits, all.misses, all.waits, demands, told, failed, all.rehearsals,
+                nb::make_tuple(by.named, by.right, by.read, by.used));
           },
-          "Since it was asked last: hits, misses, layers that missed; (bytes, seconds) of what each of "
-          "those waited for; while watched (layer, k, ids, missed) of each choice, ids as int32; a "
-          "ticket that failed.");
+          "A pass is over; guesses are dropped. Since it was asked last: hits, misses, layers that "
+          "missed; (bytes, seconds, whether beside guesses) of what each of those waited for; while "
+          "watched (layer, k, ids, missed) of each choice, ids as int32; a ticket that failed; seconds "
+          "of each layer rehearsed; experts that those named, right, read and used.");
 }
