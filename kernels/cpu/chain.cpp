@@ -51,30 +51,25 @@ mx::array brought(
 // once a pass, to learn what their routers will choose.
 class Rehearsal {
  public:
-  // Turn `at` would take these inputs, once what its cache was asked for has come.
-  void look(
+  // Turn `at` would take these inputs, once what its cache was asked for has come. Gives what the
+  // experts at hand make of them, nothing where nothing was rehearsed.
+  std::optional<AtHand> look(
       const std::vector<Turn>& turns,
       size_t at,
       const Arrays& inputs,
       const std::vector<Arrival>& arrivals,
       ExpertCache& asked) {
+    std::optional<AtHand> there;
     for (bool first = true; std::max(at, at_) + 1 < turns.size() && asked.idle(first); first = false) {
+      if (first) there = turns[at].op->at_hand(inputs, arrivals);
       const auto began = std::chrono::steady_clock::now();
-      if (at_ <= at) {
-        at_ = at;
-        inputs_ = inputs;
-        inputs_[2] = like(inputs[2]);
-        auto* slots = inputs_[2].data<int32_t>();
-        std::copy_n(inputs[2].data<int32_t>(), inputs[2].size(), slots);
-        for (const Arrival& arrival : arrivals) {
-          for (int pair : arrival.pairs) slots[pair] = -1;
-        }
-      }
+      const bool own = at_ <= at;
+      if (own) at_ = at, inputs_ = inputs;
       const Turn& turn = turns[at_];
       SegmentOp::Call call = turn.call;
       call.inputs = std::move(inputs_);
       call.taped = false;
-      const Arrays out = turn.op->now(call, {});
+      const Arrays out = turn.op->now(call, {}, own ? &*there : nullptr);
       mx::array slots = like(out[2]);
       turn.cache->guess(
           turn.layer, out[2].data<int32_t>(), static_cast<int>(out[2].size()),
@@ -84,6 +79,7 @@ class Rehearsal {
       const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
       asked.rehearsed(took.count());
     }
+    return there;
   }
 
  private:
@@ -113,9 +109,12 @@ std::vector<Arrays> go_on(
   ExpertCache* asked = nullptr;
   Rehearsal rehearsal;
   for (Turn& turn : turns) {
-    if (asked && !arrivals.empty()) rehearsal.look(turns, gave.size(), inputs, arrivals, *asked);
+    std::optional<AtHand> there;
+    if (asked && !arrivals.empty()) {
+      there = rehearsal.look(turns, gave.size(), inputs, arrivals, *asked);
+    }
     turn.call.inputs = std::move(inputs);
-    gave.push_back(turn.op->now(turn.call, arrivals));
+    gave.push_back(turn.op->now(turn.call, arrivals, there ? &*there : nullptr));
     if (asked && !asked->landed()) break;
     if (gave.size() == turns.size() || (gave.size() == 1 && !came())) break;
     const Arrays& out = gave.back();

@@ -75,24 +75,34 @@ void MoeBlock::route(
   route_rows(logits.data(), rows, E_, k_, normalize_, ids, scores);
 }
 
+AtHand MoeBlock::at_hand(
+    Inputs& next, int rows, const Routed& routed, const std::vector<Arrival>& arrivals) const {
+  const auto A = matrices(next, experts_), B = matrices(next, shared_);
+  const std::vector<int32_t> only(rows, 0);
+  const int count = rows * k_;
+  AtHand there(int64_t(rows) * (k_ + 1) * D_);
+  std::vector<int32_t> slots(routed.slots, routed.slots + count);
+  for (const Arrival& arrival : arrivals) {
+    for (int pair : arrival.pairs) slots[pair] = -1;
+  }
+  const Pairs all(only.data(), rows, 1, 1), here(slots.data(), count, k_, S_);
+  float *own = there.data(), *others = own + int64_t(count) * D_;
+  run_swiglus({{here, A[0], A[1], A[2], own}, {all, B[0], B[1], B[2], others}}, routed.x);
+  return there;
+}
+
 void MoeBlock::mix(
     Inputs& next,
     const float* x,
     int rows,
     const Routed& routed,
     const std::vector<Arrival>& arrivals,
+    AtHand& there,
     float* y) const {
-  const auto A = matrices(next, experts_), B = matrices(next, shared_);
-  const std::vector<int32_t> only(rows, 0);
-  std::vector<float> space(int64_t(rows) * (k_ + 1) * D_);
-  float *own = space.data(), *others = own + int64_t(rows) * k_ * D_;
+  const auto A = matrices(next, experts_);
   const int count = rows * k_;
-  std::vector<int32_t> slots(routed.slots, routed.slots + count);
-  for (const Arrival& arrival : arrivals) {
-    for (int pair : arrival.pairs) slots[pair] = -1;
-  }
-  const Pairs all(only.data(), rows, 1, 1), here(slots.data(), count, k_, S_);
-  run_swiglus({{here, A[0], A[1], A[2], own}, {all, B[0], B[1], B[2], others}}, routed.x);
+  float *own = there.data(), *others = own + int64_t(count) * D_;
+  std::vector<int32_t> slots(count);
   for (const Arrival& arrival : arrivals) {
     arrival.wait();
     std::fill(slots.begin(), slots.end(), -1);
@@ -109,7 +119,10 @@ void MoeBlock::run(Inputs& next, const float* x, int rows, float* y) const {
   std::vector<int32_t> ids(int64_t(rows) * k_);
   float *scores = space.data(), *opening = scores + int64_t(rows) * k_, *normed = opening + rows;
   route(next, x, rows, normed, ids.data(), scores, opening);
-  mix(next, x, rows, {normed_ ? normed : x, ids.data(), scores, opening}, {}, y);
+  const Routed routed{normed_ ? normed : x, ids.data(), scores, opening};
+  Inputs again(next);
+  AtHand there = at_hand(next, rows, routed, {});
+  mix(again, x, rows, routed, {}, there, y);
 }
 
 namespace {

@@ -26,6 +26,9 @@ struct Arrival {
   std::function<void()> wait;
 };
 
+// What the experts at hand and the shared one gave, [rows, k + 1, D]: zeros for all other pairs.
+using AtHand = std::vector<float>;
+
 // The two halves of a block of experts on data, and their weights in the order they take them.
 class MoeBlock {
  public:
@@ -53,14 +56,18 @@ class MoeBlock {
       int32_t* ids,
       float* scores,
       float* opening) const;
+  // Of all pairs that no arrival names.
+  AtHand at_hand(
+      Inputs& weights, int rows, const Routed& routed, const std::vector<Arrival>& arrivals) const;
   // y = the experts' sum with the shared one's, plus x where there is a norm. Pairs named by an
-  // arrival are computed with it, all others at once.
+  // arrival are computed with it, into `there`, which has the others.
   void mix(
       Inputs& weights,
       const float* x,
       int rows,
       const Routed& routed,
       const std::vector<Arrival>& arrivals,
+      AtHand& there,
       float* y) const;
   // Both, with experts in the slots of their numbers.
   void run(Inputs& weights, const float* x, int rows, float* y) const;

@@ -38,7 +38,9 @@ class SegmentOp::Impl {
       Arrays& out,
       int offset,
       bool taped,
-      const std::vector<Arrival>& arrivals) const;
+      const std::vector<Arrival>& arrivals,
+      AtHand* there) const;
+  AtHand at_hand(const Arrays& in, const std::vector<Arrival>& arrivals) const;
   void rewind(const Arrays& in, Arrays& out, int rows, int kept) const;
   std::vector<mx::Shape> rewound(const Arrays& states, const mx::array& tape, int rows, int kept) const;
 
@@ -92,7 +94,7 @@ class SegmentStep : public mx::Primitive {
     for (const mx::array& a : outputs) out.push_back(mx::array::unsafe_weak_copy(a));
     mx::cpu::get_command_encoder(stream()).dispatch(
         [impl = impl_, in = std::move(in), out = std::move(out), offset = offset_,
-         taped = taped_]() mutable { impl->run(in, out, offset, taped, {}); });
+         taped = taped_]() mutable { impl->run(in, out, offset, taped, {}, nullptr); });
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -213,14 +215,31 @@ std::vector<float*> parts_of(const Block& block, int64_t rows, float*& tape) {
   return parts;
 }
 
+// What follows the stream among the inputs of a segment that begins with experts.
+Routed routed_of(Inputs& given) {
+  const float* normed = given.floats();
+  const auto* slots = reinterpret_cast<const int32_t*>(given.floats());
+  const float* scores = given.floats();
+  return {normed, slots, scores, given.floats()};
+}
+
 } // namespace
+
+AtHand SegmentOp::Impl::at_hand(const Arrays& in, const std::vector<Arrival>& arrivals) const {
+  check(s_.chosen && in.size() == first_in(), "segment: it doesn't begin with experts");
+  Inputs given(in), weights(chosen_);
+  given.floats();
+  const int rows = static_cast<int>(in[0].size() / s_.D);
+  return s_.chosen->at_hand(weights, rows, routed_of(given), arrivals);
+}
 
 void SegmentOp::Impl::run(
     const Arrays& in,
     Arrays& out,
     int offset,
     bool taped,
-    const std::vector<Arrival>& arrivals) const {
+    const std::vector<Arrival>& arrivals,
+    AtHand* there) const {
   const int B = in[0].shape(0);
   int T = in[0].shape(1);
   int64_t rows = int64_t(B) * T;
@@ -230,12 +249,13 @@ void SegmentOp::Impl::run(
   if (s_.entry) {
     s_.entry->run(in, x);
   } else if (s_.chosen) {
-    const float *residual = given.floats(), *normed = given.floats();
-    const auto* slots = reinterpret_cast<const int32_t*>(given.floats());
-    const float *scores = given.floats(), *opening = given.floats();
-    Inputs weights(chosen_);
-    s_.chosen->mix(
-        weights, residual, static_cast<int>(rows), {normed, slots, scores, opening}, arrivals, x);
+    const float* residual = given.floats();
+    const Routed routed = routed_of(given);
+    const int count = static_cast<int>(rows);
+    Inputs weights(chosen_), again(chosen_);
+    AtHand own;
+    if (!there) own = s_.chosen->at_hand(again, count, routed, arrivals);
+    s_.chosen->mix(weights, residual, count, routed, arrivals, there ? *there : own, x);
   } else {
     std::copy_n(given.floats(), rows * s_.D, x);
   }
@@ -356,7 +376,12 @@ mx::array allocated(const mx::Shape& shape, mx::Dtype type) {
 
 } // namespace
 
-Arrays SegmentOp::now(const Call& call, const std::vector<Arrival>& arrivals) const {
+AtHand SegmentOp::at_hand(const Arrays& inputs, const std::vector<Arrival>& arrivals) const {
+  return impl_->at_hand(inputs, arrivals);
+}
+
+Arrays SegmentOp::now(
+    const Call& call, const std::vector<Arrival>& arrivals, AtHand* there) const {
   const Made made = impl_->made(call, arrivals);
   Arrays in = call.inputs, out;
   in.insert(in.end(), call.states.begin(), call.states.end());
@@ -369,7 +394,7 @@ Arrays SegmentOp::now(const Call& call, const std::vector<Arrival>& arrivals) co
     }
     out.push_back(allocated(made.shapes[i], made.types[i]));
   }
-  impl_->run(in, out, call.offset, call.taped, arrivals);
+  impl_->run(in, out, call.offset, call.taped, arrivals, there);
   return out;
 }
 

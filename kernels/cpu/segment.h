@@ -50,8 +50,12 @@ class SegmentOp {
   // [B, T, 1]; then the tape if there is one, flat; then the states.
   std::vector<mx::array> operator()(Call call, mx::StreamOrDevice stream) const;
 
-  // The same at once, on this thread and its helpers: what is given is evaluated first.
-  std::vector<mx::array> now(const Call& call, const std::vector<Arrival>& arrivals) const;
+  // The same at once, on this thread and its helpers: what is given is evaluated first. there: what
+  // the experts at hand gave, if that is known.
+  std::vector<mx::array> now(
+      const Call& call, const std::vector<Arrival>& arrivals, AtHand* there = nullptr) const;
+  // Of a segment that begins with experts, and inputs evaluated: what those at hand give.
+  AtHand at_hand(const std::vector<mx::array>& inputs, const std::vector<Arrival>& arrivals) const;
 
   // At once: the states of all blocks that have a tape after the first `kept` of a pass's `rows`,
   // from those before it and its tape.
