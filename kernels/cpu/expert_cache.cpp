@@ -225,12 +225,16 @@ bool ExpertCache::landed() {
 }
 
 bool ExpertCache::idle(bool first) const {
-  if (!looking || std::all_of(under_way_.begin(), under_way_.end(), [](const auto& batch) {
-        return done(*batch);
-      })) {
-    return false;
+  if (!looking) return false;
+  double unread = 0; // bytes, some of which may have been guessed long ago
+  for (const auto& batch : under_way_) {
+    const int left = batch->left.load(std::memory_order_acquire);
+    if (!left) continue;
+    for (const ReadRun& run : batch->runs) {
+      unread += static_cast<double>(run.nbytes) * left / batch->runs.size();
+    }
   }
-  const double left = asked_ * looking->each - (now() - since_);
+  const double left = std::min(asked_ * looking->each - (now() - since_), unread * looking->each);
   return left > 0 && left > looking->layer * (first ? looking->slack : 1);
 }
 
