@@ -52,16 +52,15 @@ mx::array brought(
 class Rehearsal {
  public:
   // Turn `at` would take these inputs, once what its cache was asked for has come. Gives what the
-  // experts at hand make of them, nothing where nothing was rehearsed.
-  std::optional<AtHand> look(
+  // experts at hand make of them.
+  AtHand look(
       const std::vector<Turn>& turns,
       size_t at,
       const Arrays& inputs,
       const std::vector<Arrival>& arrivals,
       ExpertCache& asked) {
-    std::optional<AtHand> there;
+    AtHand there = turns[at].op->at_hand(inputs, arrivals);
     for (bool first = true; std::max(at, at_) + 1 < turns.size() && asked.idle(first); first = false) {
-      if (first) there = turns[at].op->at_hand(inputs, arrivals);
       const auto began = std::chrono::steady_clock::now();
       const bool own = at_ <= at;
       if (own) at_ = at, inputs_ = inputs;
@@ -69,7 +68,7 @@ class Rehearsal {
       SegmentOp::Call call = turn.call;
       call.inputs = std::move(inputs_);
       call.taped = false;
-      const Arrays out = turn.op->now(call, {}, own ? &*there : nullptr);
+      const Arrays out = turn.op->now(call, {}, own ? &there : nullptr);
       mx::array slots = like(out[2]);
       turn.cache->guess(
           turn.layer, out[2].data<int32_t>(), static_cast<int>(out[2].size()),
@@ -110,7 +109,7 @@ std::vector<Arrays> go_on(
   Rehearsal rehearsal;
   for (Turn& turn : turns) {
     std::optional<AtHand> there;
-    if (asked && !arrivals.empty()) {
+    if (asked && asked->looking && !arrivals.empty()) {
       there = rehearsal.look(turns, gave.size(), inputs, arrivals, *asked);
     }
     turn.call.inputs = std::move(inputs);
