@@ -45,8 +45,8 @@ AGAIN = 100  # passes without rehearsing after which its costs are thought to be
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
 WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
-# seconds that the layers which miss must wait, each on average, for looking ahead to gain where a
-# pass is otherwise served without Python: about twice what Python takes of one
+# seconds that the layers which miss must wait, each on average, for guessers to gain where a pass
+# is otherwise served without Python: about twice what Python takes of one
 WORTH_STOPPING = 0.7e-3
 RARE = 0.25  # layers of a pass that miss, above which rehearsing all of it does not pay
 
@@ -266,9 +266,9 @@ class Ways:
 
     def hopeful(self, way: Way) -> bool:
         """Whether there is anything to gain."""
+        if way == "guess" and self._each.count and self._each.value < WORTH_STOPPING:
+            return False
         if way in ("lookahead", "guess"):
-            if self._each.count and self._each.value < WORTH_STOPPING:
-                return False
             return self._waited[self._best].value > WORTH_WAITING
         if way == "rehearse":
             return self._missing.value < RARE

@@ -45,13 +45,13 @@ def test_nothing_is_tried_where_nothing_can_be_gained() -> None:
     assert "rehearse" not in run(Ways(), 500, lambda _: Seen(1.0, waited=0.4, missing=6))
 
 
-def test_waits_shorter_than_a_stop_are_not_looked_ahead_in_where_passes_are_served() -> None:
+def test_guessers_are_not_asked_in_waits_shorter_than_a_stop_where_passes_are_served() -> None:
     def took(seconds: float, served: bool) -> list[str]:
         return run(Ways(), 500, lambda way: Seen(1e-2, seconds, 6, served=served))
 
     short, long = 6 * 0.6e-3, 6 * 0.8e-3
-    assert set(took(short, True)) == {"layerwise"}
-    assert "lookahead" in took(long, True) and "lookahead" in took(short, False)
+    assert set(took(short, True)) == {"layerwise", "lookahead"}
+    assert "guess" in took(long, True) and "guess" in took(short, False)
 
 
 def test_what_becomes_faster_is_found_and_what_becomes_slower_left() -> None:

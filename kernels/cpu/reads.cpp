@@ -301,6 +301,7 @@ void Reads::work(Log& log) {
     ReadBatch& batch = *job.batch;
     const ReadRun& run = batch.runs[job.run];
     double began = now();
+    if (until > 0 && options_.latency > 0) sleep_until(job.asked + options_.latency);
     size_t asked = run.nbytes;
     int state = read(run, bounce, asked);
     if (until > 0) sleep_until(until);

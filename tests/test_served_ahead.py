@@ -1,0 +1,160 @@
+"""Served passes that look ahead give the bits of passes that do not, and leave no slot behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from test_chain import PROMPT, ROWS, ask, passes, same
+
+from cache.make import make_cache
+from kernels import backend
+from streamer.disk import Disk
+from streamer.errors import StreamerError
+from streamer.foresee import REHEARSAL, Foresight
+from streamer.loading import load_streamed
+from streamer.ways import Effort, Pace
+
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the extension does not run here")
+
+SLOW = Disk.parse("40MB/s@3ms")  # nothing of a read is there for 3 ms, time for all layers
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every wait is rehearsed in for as long as it lasts, and what is named is read."""
+    monkeypatch.setattr(Pace, "each", property(lambda _: 1.0))
+    monkeypatch.setattr(Pace, "left", lambda *_: 1.0)
+    monkeypatch.setattr(Effort, "worth", lambda *_: True)
+    monkeypatch.setattr(Foresight, "_least", lambda _: 0.0)
+
+
+class Pools:
+    """Looks after each pass whether every slot is where it should be."""
+
+    def __init__(self, model: Any):
+        self._runs = model.streamer.executors
+
+    def passed(self) -> None:
+        for run in self._runs:
+            pool = run.pool
+            held = np.concatenate([table[table >= 0] for table in pool.slot_of])
+            assert sorted([*held.tolist(), *pool.free]) == list(range(pool.slots))
+            experts = np.flatnonzero(np.concatenate(pool.slot_of) >= 0)
+            assert np.array_equal(pool._held[held], experts)
+            assert pool.resident.tolist() == [int((t >= 0).sum()) for t in pool.slot_of]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("taped", [False, True])
+@pytest.mark.parametrize("slots", [12, 24, 40, 60])
+def test_bits_are_those_of_the_model_in_memory(tiny_qwen: Path, slots: int, taped: bool) -> None:
+    whole = load_streamed(tiny_qwen)
+    model = load_streamed(tiny_qwen, slots=slots, executor="lookahead", disk=SLOW)
+    rows = ROWS * 2 if taped else [1] * 16
+    got = passes(model, make_prompt_cache(model), rows, taped, Pools(model))  # type: ignore[arg-type]
+    assert same(got, passes(whole, make_prompt_cache(whole), rows, taped))
+    counters = model.streamer.counters
+    tally = counters.sources[REHEARSAL]
+    assert counters.rehearsals and counters.prefetched == tally.read <= tally.named
+    assert counters.prefetch_used == tally.used <= tally.right <= tally.misses <= counters.misses
+    assert tally.used or slots == 12  # where what layers need leaves no room
+    for one in (model, whole):
+        one.streamer.close()
+
+
+def test_compressed_caches_keep_their_bits(tiny_qwen: Path) -> None:
+    whole = load_streamed(tiny_qwen)
+    model = load_streamed(tiny_qwen, slots=24, executor="lookahead", disk=SLOW)
+    got, want = (passes(m, make_cache(m, 4, 4), ROWS, False) for m in (model, whole))
+    assert same(got, want)
+    for one in (model, whole):
+        one.streamer.close()
+
+
+def test_it_names_what_the_reference_names(tiny_qwen: Path) -> None:
+    """One pass over the same pool; the waits are long enough for all layers in both."""
+    tallies = []
+    for served in (True, False):
+        model = load_streamed(tiny_qwen, slots=24, executor="lookahead", disk=SLOW)
+        cache, counters = make_prompt_cache(model), model.streamer.counters
+        model(mx.array([PROMPT]), cache=cache)
+        mx.eval(model(mx.array([[3]]), cache=cache))  # the first is not looked ahead in
+        for run in model.streamer.executors:
+            run.ahead.drop(wait=True)
+        before = counters.misses, counters.syncs
+        if not served:
+            ask(model, at_each=False)
+        mx.eval(model(mx.array([[9]]), cache=cache))
+        tally = counters.sources[REHEARSAL]
+        assert (counters.syncs == before[1]) == served
+        tallies.append((counters.misses - before[0], tally.named, tally.right, tally.read))
+        model.streamer.close()
+    assert tallies[0] == tallies[1] and tallies[0][2]
+
+
+def test_what_is_not_trusted_is_named_and_not_read(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Foresight, "_least", lambda _: 1.1)
+    model = load_streamed(tiny_qwen, slots=24, executor="lookahead", disk=SLOW)
+    passes(model, make_prompt_cache(model), [1] * 6, False)
+    tally = model.streamer.counters.sources[REHEARSAL]
+    assert tally.right and not tally.read and not model.streamer.counters.prefetched
+    model.streamer.close()
+
+
+def test_a_pass_ends_where_a_read_fails(tiny_qwen: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(tiny_qwen, path)
+    model = load_streamed(path, slots=24, executor="lookahead", disk=SLOW)
+    whole = load_streamed(tiny_qwen)
+    cache, other = make_prompt_cache(model), make_prompt_cache(whole)
+    for one, held in ((model, cache), (whole, other)):
+        for block in (PROMPT, [3]):
+            one(mx.array([block]), cache=held)
+            mx.eval([c.state for c in held])
+    file = next(path.glob("*.safetensors"))
+    stored = file.read_bytes()
+    file.write_bytes(stored[: len(stored) // 8])
+    with pytest.raises(StreamerError, match="too short"):
+        for token in (7, 8, 9):
+            mx.eval(model(mx.array([[token]]), cache=cache))
+    (run,) = model.streamer.executors
+    assert not run.pool.resident.any() and len(run.pool.free) == run.pool.slots
+    file.write_bytes(stored)
+    cache, other = make_prompt_cache(model), make_prompt_cache(whole)
+    want = passes(whole, other, ROWS, False)
+    assert same(passes(model, cache, ROWS, False, Pools(model)), want)  # type: ignore[arg-type]
+    for one in (model, whole):
+        one.streamer.close()
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_being_read(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_streamed(tiny_qwen, slots=24, executor="lookahead", disk=SLOW)
+    cache = make_prompt_cache(model)
+    for block in (PROMPT, [3]):
+        mx.eval(model(mx.array([block]), cache=cache))
+    (run,) = model.streamer.executors
+    native: Any = backend.native()
+    go_on = native.go_on
+
+    def breaks(*args: Any) -> Any:
+        *rest, caches = args
+        return go_on(*rest, [*caches[:-1], (caches[-1][0], 10**6)])
+
+    monkeypatch.setattr(native, "go_on", breaks)
+    with pytest.raises(ValueError, match="no such layer"):
+        mx.eval(model(mx.array([[7]]), cache=cache))
+    assert not run.pool.resident.any() and len(run.pool.free) == run.pool.slots
+    monkeypatch.undo()
+    mx.eval(model(mx.array([[7]]), cache=cache))
+    Pools(model).passed()
+    model.streamer.close()
