@@ -1,10 +1,11 @@
 """Experts that the extension brings in by itself, in the middle of a pass.
 
 Where no guesser guesses, a layer that misses needs no Python: which experts go, where the absent
-ones are read from and to, and what is counted are plain numbers. `kernels.native.ExpertCache` does on
-the pool's own arrays what `streamer.residency` and `streamer.lrfu` do, to the bit; these remain the
-reference, and serve whatever is asked for otherwise. Where a pass looks ahead, the layers behind one
-that waits are rehearsed there too, and what they name is read ahead as `streamer.ahead` does.
+ones are read from and to, and what is counted are plain numbers. `kernels.native.ExpertCache` does
+on the pool's own arrays what `streamer.residency` and `streamer.lrfu` do, to the bit; these remain
+the reference, and serve whatever is asked for otherwise. Where a pass looks ahead, the layers
+behind one that waits are rehearsed there too, and what they name is read ahead as `streamer.ahead`
+does.
 
     STREAMER_SERVING=python      # turns it off
 """
