@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .residency import Residency
 
 REHEARSAL = "rehearsal"
+NEXT = "next"  # a rehearsal of the next pass
 BUCKETS = 8  # of strengths
 PRIOR = 6  # guesses that a strength weighs before any has come true or not
 SLOWEST = 0.01  # weight of the newest outcome, at least
@@ -55,7 +56,7 @@ class Foresight:
         self._run, self._tallies = run, tallies
         self.rehearsed = Rehearsed()
         self._sources: dict[str, Guesser] = {}
-        self._likely = {REHEARSAL: _buckets()}
+        self._likely = {REHEARSAL: _buckets(), NEXT: _buckets()}
         self._named: dict[int, dict[int, list[tuple[str, int]]]] = {}  # layer -> expert -> by whom
         self._read: set[tuple[int, int]] = set()
         self._working: list[Tally] = []  # of sources that guess in this pass
@@ -73,7 +74,7 @@ class Foresight:
     def use(self, sources: Mapping[str, Guesser]) -> None:
         """Guess by these."""
         self._sources = dict(sources)
-        self._likely = {name: _buckets() for name in (REHEARSAL, *sources)}
+        self._likely = {name: _buckets() for name in (REHEARSAL, NEXT, *sources)}
 
     def begin(self, tokens: np.ndarray, *, guess: bool, rehearse: bool) -> None:
         """A pass over tokens [T] begins.
@@ -149,20 +150,23 @@ class Foresight:
         experts = [e for e, likely in wanted.get(layer, {}).items() if likely >= self._least()]
         self._prefetch(layer, experts, deadline, room, keep)
 
-    @property
-    def trusts_rehearsals(self) -> bool:
-        """Whether what a rehearsed layer names is to be read."""
-        return self._likely[REHEARSAL][_bucket(REHEARSED)].share >= self._least()
+    def trusts(self, rehearsal: str) -> bool:
+        """Whether what layers name that are rehearsed in this pass, or for the next, is read."""
+        return self._likely[rehearsal][_bucket(REHEARSED)].share >= self._least()
 
-    def came(self, misses: int, named: int, right: int, read: int, used: int) -> None:
-        """Of a pass that the extension ran, and rehearsed layers of: as in `counters.Tally`."""
-        tally = self._tallies[REHEARSAL]
+    def came(self, rehearsal: str, misses: int, outcome: tuple[int, int, int, int]) -> None:
+        """Of a pass that the extension ran: experts named, right, read and used.
+
+        misses: of the pass, where it could have been rehearsed.
+        """
+        tally = self._tallies.setdefault(rehearsal, Tally())
+        named, right, read, used = outcome
         tally.misses += misses
         tally.named += named
         tally.right += right
         tally.read += read
         tally.used += used
-        likely = self._likely[REHEARSAL][_bucket(REHEARSED)]
+        likely = self._likely[rehearsal][_bucket(REHEARSED)]
         for i in range(named):
             likely.add(i < right)
 

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence, Set
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -57,6 +57,7 @@ class Residency:
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
         self.pace = Pace()
         self.foresight: Foresight | None = None  # where something guesses
+        self.holder: Any = None  # of slots between passes: the extension's guesses about the next
         self.expert_bytes = stored_bytes(layers[0].format)
         self.wave = max(1, -(-WAVE_BYTES // self.expert_bytes))  # experts waited for together
         self.store = store
@@ -74,6 +75,7 @@ class Residency:
 
         x [..., D]: what the router took. None where there are too many, of rows or for the pool.
         """
+        self.regain()
         self._chose(layer, ids)
         if ids.size > DECODE_PAIRS:
             return None
@@ -97,6 +99,7 @@ class Residency:
 
     def divide(self, layer: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Experts that are there and that are not, of a call for which `bring` gave None."""
+        self.regain()
         self.moved()
         self.ahead.drop(wait=True)
         need = np.unique(ids)
@@ -243,6 +246,7 @@ class Residency:
 
         keep: (layer, experts) that must not be evicted.
         """
+        self.regain()
         self.settle()
         new = [e for e in experts if not self.ahead.reads(layer, e)][: max(0, room)]
         taken = iter(self.pool.take(len(new), keep))
@@ -253,6 +257,12 @@ class Residency:
         self.moved()
         self.counters.prefetched += len(new)
         self.counters.bytes_guessed += len(new) * self.expert_bytes if deadline else 0
+
+    def regain(self) -> None:
+        """Slots that guesses hold between passes come back to the pool."""
+        if self.holder is not None:
+            self.holder.wait()
+            self.holder = None
 
     def allow(self, nbytes: int) -> None:
         """So many bytes of guesses may be under way."""
@@ -318,6 +328,7 @@ class Residency:
 
     def abandon(self) -> None:
         """Forget every resident expert: after a failure none is known to be whole."""
+        self.regain()
         for reading in self._readings:
             with contextlib.suppress(StreamerError):
                 reading.wait()

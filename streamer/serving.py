@@ -19,11 +19,15 @@ import numpy as np
 
 from kernels import backend
 
+from .foresee import NEXT, REHEARSAL
 from .lrfu import Lrfu
-from .ways import SLACK
+from .ways import SLACK, Effort
 
 if TYPE_CHECKING:
     from .executor import Executor
+
+
+REHEARSALS = REHEARSAL, NEXT
 
 
 class Serving:
@@ -54,13 +58,14 @@ class Serving:
             self._made = pool, made
         run.settle()
         run.moved()
-        cache = self._made[1]
+        cache, run.holder = self._made[1], None
         cache.watched = run.watch is not None
         effort, sight = run.fetching.effort, run.foresight
         if effort is None or sight is None:
             cache.look(each=0.0)
         else:
-            cache.look(run.pace.each, effort.layer, SLACK, sight.trusts_rehearsals)
+            trusted = [sight.trusts(kind) for kind in REHEARSALS]
+            cache.look(run.pace.each, effort.layer, effort.end, SLACK, *trusted)
         return cache
 
     def end(self, layer: int, rows: int, waited: float) -> None:
@@ -71,7 +76,8 @@ class Serving:
         run = self._run
         assert self._made is not None
         pool, cache = self._made
-        hits, misses, waits, demands, told, failed, rehearsals, guesses = cache.take()
+        hits, misses, waits, demands, told, failed, rehearsals, end, guesses = cache.take()
+        run.holder = cache if cache.holds else None
         counters = run.counters
         counters.hits += hits
         counters.misses += misses
@@ -83,7 +89,9 @@ class Serving:
         for nbytes, seconds, beside in demands:
             run.demanded(nbytes, seconds, beside)
         if run.fetching.effort is not None:
-            self._looked(rows, misses, rehearsals, guesses)
+            self._looked(run.fetching.effort, rows, rehearsals, end)
+        for kind, outcome in zip(REHEARSALS, guesses, strict=True):
+            self._guessed(kind, misses, outcome)
         if run.watch is not None:
             for at, k, ids, missed in told:
                 chosen = np.frombuffer(ids, dtype=np.int32).reshape(-1, k)
@@ -93,19 +101,22 @@ class Serving:
             assert run.store.native is not None
             raise run.store.native.error(*failed.error())
 
-    def _looked(
-        self, rows: int, misses: int, rehearsals: list[float], guesses: tuple[int, int, int, int]
-    ) -> None:
-        """What came of looking ahead in a pass with so many misses."""
-        run, counters = self._run, self._run.counters
-        assert run.fetching.effort is not None and run.foresight is not None
+    def _looked(self, effort: Effort, rows: int, rehearsals: list[float], end: float) -> None:
+        """Layers were rehearsed in a pass, each in so many seconds; its end took `end`."""
         for seconds in rehearsals:
-            run.fetching.effort.looked(seconds)
-            if run.watch is not None:
-                run.watch.step("rehearse", rows, seconds)
-        run.foresight.came(misses, *guesses)
-        _, _, read, used = guesses
-        counters.rehearsals += len(rehearsals)
+            effort.looked(seconds)
+            if self._run.watch is not None:
+                self._run.watch.step("rehearse", rows, seconds)
+        if end:
+            effort.ended(end)
+        self._run.counters.rehearsals += len(rehearsals)
+
+    def _guessed(self, kind: str, misses: int, outcome: tuple[int, int, int, int]) -> None:
+        """What came of guesses about a pass with so many misses."""
+        run, counters = self._run, self._run.counters
+        _, _, read, used = outcome
+        if run.foresight is not None and (run.fetching.effort is not None or any(outcome)):
+            run.foresight.came(kind, misses, outcome)
         counters.prefetched += read
         counters.prefetch_used += used
         counters.bytes_guessed += read * run.expert_bytes

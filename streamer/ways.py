@@ -97,13 +97,22 @@ class Effort:
     """What it costs to rehearse the layers behind one that waits."""
 
     def __init__(self) -> None:
-        self._layer, self._return = Mean(), Mean()
+        self._layer, self._return, self._end = Mean(), Mean(), Mean()
         self._idle = 0  # passes since it could pay
 
     @property
     def layer(self) -> float:
         """Seconds that rehearsing a layer takes; 0 while unknown."""
         return self._layer.value
+
+    @property
+    def end(self) -> float:
+        """Seconds that the end of a pass takes, its last layer's experts and the head; 0: unknown."""
+        return self._end.value
+
+    def ended(self, seconds: float) -> None:
+        """The end of a pass took so long."""
+        self._end.add(seconds)
 
     def looked(self, seconds: float) -> None:
         """A layer was rehearsed and read back."""

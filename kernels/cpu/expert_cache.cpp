@@ -224,7 +224,7 @@ bool ExpertCache::landed() {
   return served_.failed == nullptr;
 }
 
-bool ExpertCache::idle(bool first) const {
+bool ExpertCache::idle(bool first, bool end) const {
   if (!looking) return false;
   double unread = 0; // bytes, some of which may have been guessed long ago
   for (const auto& batch : under_way_) {
@@ -235,7 +235,8 @@ bool ExpertCache::idle(bool first) const {
     }
   }
   const double left = std::min(asked_ * looking->each - (now() - since_), unread * looking->each);
-  return left > 0 && left > looking->layer * (first ? looking->slack : 1);
+  const double takes = end ? looking->end : looking->layer;
+  return left > 0 && left > takes * (first ? looking->slack : 1);
 }
 
 void ExpertCache::rehearsed(double seconds) {
@@ -243,7 +244,11 @@ void ExpertCache::rehearsed(double seconds) {
   if (looking && !looking->layer) looking->layer = seconds;
 }
 
-void ExpertCache::guess(int layer, const int32_t* ids, int count, int deadline, int32_t* slots) {
+void ExpertCache::ended(double seconds) {
+  served_.end = seconds;
+}
+
+void ExpertCache::guess(int layer, const int32_t* ids, int count, bool next, int32_t* slots) {
   check(layer >= 0 && layer < static_cast<int>(layers_.size()), "cache: there is no such layer");
   const CachedLayer& at = layers_[layer];
   std::fill_n(slots, count, -1);
@@ -251,23 +256,33 @@ void ExpertCache::guess(int layer, const int32_t* ids, int count, int deadline, 
   if (chosen.front() < 0 || chosen.back() >= at.experts) return; // of what is no number
   for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
   std::vector<int> absent;
+  const auto coming = [&](int expert) { // guessed in the pass before
+    return std::any_of(ahead_.begin(), ahead_.end(), [&](const Guessed& one) {
+      return one.layer == layer && one.expert == expert;
+    });
+  };
   for (int expert : chosen) {
-    if (at.slots[expert] < 0) {
+    if (at.slots[expert] >= 0) {
+      expected_[first_[layer] + expert] = next ? 2 : 1;
+    } else if (!coming(expert)) {
       absent.push_back(expert);
-    } else {
-      expected_[first_[layer] + expert] = 1;
     }
   }
   // What the waiting layer needs and this one found stays, and this one's absent ones fit besides.
   const size_t taken = ahead_.size() + wrong_.size() + need_.size() + chosen.size();
   const size_t room = taken < static_cast<size_t>(s_.slots) ? s_.slots - taken : 0;
-  const size_t reads = looking && looking->reads ? std::min(absent.size(), room) : 0;
-  for (size_t i = 0; i < absent.size(); ++i) named_[layer].push_back({absent[i], i < reads});
+  const bool trusted = looking && (next ? looking->next : looking->reads);
+  const size_t reads = trusted ? std::min(absent.size(), room) : 0;
+  for (size_t i = 0; i < absent.size(); ++i) {
+    const int expert = absent[i];
+    std::erase_if(named_[layer], [&](const Named& one) { return one.expert == expert; });
+    named_[layer].push_back({expert, i < reads, next});
+  }
   if (!reads) return;
   const std::vector<int> own = freed(static_cast<int>(reads), at_ < 0 ? layer : at_, need_);
   for (size_t i = 0; i < reads; i += rules_.wave) {
     const size_t n = std::min(reads - i, size_t(rules_.wave));
-    const auto batch = load(layer, &absent[i], &own[i], n, deadline);
+    const auto batch = load(layer, &absent[i], &own[i], n, 0); // first come, first served
     for (size_t j = i; j < i + n; ++j) ahead_.push_back({layer, absent[j], own[j], batch});
   }
 }
@@ -276,10 +291,11 @@ void ExpertCache::guess(int layer, const int32_t* ids, int count, int deadline, 
 void ExpertCache::score(int layer, const std::vector<int>& misses) {
   for (const Named& one : named_[layer]) {
     const bool right = has(misses, one.expert);
-    ++served_.guesses.named;
-    served_.guesses.right += right;
-    served_.guesses.read += one.read;
-    served_.guesses.used += right && one.read;
+    Guesses& tally = served_.guesses[one.next];
+    ++tally.named;
+    tally.right += right;
+    tally.read += one.read;
+    tally.used += right && one.read;
   }
   named_[layer].clear();
 }
@@ -330,6 +346,8 @@ void ExpertCache::drop(bool wait) {
 }
 
 void ExpertCache::wait() {
+  for (auto& named : named_) named.clear();
+  std::fill(expected_.begin(), expected_.end(), 0);
   for (const auto& batch : under_way_) {
     while (!reads_->wait(*batch, 1)) {
     }
@@ -338,9 +356,8 @@ void ExpertCache::wait() {
 }
 
 Served ExpertCache::take() {
-  drop(true);
-  for (auto& named : named_) named.clear();
-  std::fill(expected_.begin(), expected_.end(), 0);
+  reclaim(false);
+  for (char& state : expected_) state = state == 2;
   need_.clear();
   at_ = -1;
   Served out;

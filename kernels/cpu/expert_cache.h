@@ -59,12 +59,13 @@ struct Guessed {
   std::shared_ptr<ReadBatch> batch;
 };
 
-// Whether layers are rehearsed while one waits: seconds a byte of what is waited for, seconds of a
-// layer's rehearsal (0: not known), how many times those must be left of a wait for the first one;
-// whether what they name is read.
+// Whether layers are rehearsed while one waits. each: seconds a byte of what is waited for; layer,
+// end: seconds of a layer's rehearsal and of a pass's end (0: not known); slack: how many times those
+// must be left of a wait for the first one; reads, next: whether what this pass's and the next one's
+// layers name is read.
 struct Looking {
-  double each, layer, slack;
-  bool reads;
+  double each, layer, end, slack;
+  bool reads, next;
 };
 
 // What a layer waited for; beside: while guesses were being read.
@@ -86,13 +87,15 @@ struct Told {
   std::vector<int32_t> ids, missed;
 };
 
-// What has come of it since it was asked last. rehearsals: seconds of each layer.
+// What has come of it since it was asked last. rehearsals: seconds of each layer; end: of the pass's
+// end, which waits excepted; guesses: of this pass's layers, and of the next one's.
 struct Served {
   int64_t hits = 0, misses = 0, waits = 0;
   std::vector<Demand> demands;
   std::vector<Told> told;
   std::vector<double> rehearsals;
-  Guesses guesses;
+  double end = 0;
+  Guesses guesses[2];
   std::shared_ptr<ReadBatch> failed; // a read; what was computed with it is nothing
 };
 
@@ -113,15 +116,21 @@ class ExpertCache {
   bool landed();
 
   // Whether there is time to rehearse a layer while what was brought last is being read; first: the
-  // first of them.
-  bool idle(bool first) const;
+  // first of them; end: the last of a pass, with all that follows.
+  bool idle(bool first, bool end) const;
   // A layer was rehearsed and chose ids [count]: their slots, -1 for absent ones, which are read
-  // ahead if there is room; of several layers those with the least deadline first.
-  void guess(int layer, const int32_t* ids, int count, int deadline, int32_t* slots);
+  // ahead if there is room. next: in the next pass, whose layer must have been brought in this one.
+  void guess(int layer, const int32_t* ids, int count, bool next, int32_t* slots);
   void rehearsed(double seconds);
+  void ended(double seconds); // a pass's end took so long
 
-  void wait(); // guesses are dropped, and nothing is being read any more
-  Served take(); // the pass is over: the same, and what came of it
+  // Guesses are dropped, their slots free, and nothing is being read any more.
+  void wait();
+  // The pass is over: what came of it. Guesses about the next one hold their slots.
+  Served take();
+  bool holds() const {
+    return !ahead_.empty() || !wrong_.empty();
+  }
 
   bool watched = false; // whether choices are kept
   std::optional<Looking> looking;
@@ -133,7 +142,7 @@ class ExpertCache {
  private:
   struct Named {
     int expert;
-    bool read;
+    bool read, next;
   };
 
   void chose(int layer, const int32_t* ids, int rows, int k);
@@ -161,7 +170,7 @@ class ExpertCache {
   int at_ = -1; // the layer that was brought last
   std::vector<int> need_; // and its experts
   std::vector<Guessed> ahead_, wrong_; // wrong: not needed, their slots not yet free
-  std::vector<char> expected_; // of all experts: a rehearsed layer chose it
+  std::vector<char> expected_; // of all experts: a rehearsed layer chose it; 2: the next pass's
   std::vector<std::vector<Named>> named_; // by layer
   Served served_;
 };

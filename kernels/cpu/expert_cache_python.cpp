@@ -82,20 +82,17 @@ void bind_expert_cache(nb::module_& m) {
           "Until nothing of it is being read; guesses are dropped.")
       .def(
           "look",
-          [](ExpertCache& self, double each, double layer, double slack, bool reads) {
+          [](ExpertCache& self, double each, double layer, double end, double slack, bool reads,
+             bool next) {
             self.looking.reset();
-            if (each > 0) self.looking = {each, layer, slack, reads};
+            if (each > 0) self.looking = {each, layer, end, slack, reads, next};
           },
-          "each"_a, "layer"_a = 0.0, "slack"_a = 1.0, "reads"_a = true,
+          "each"_a, "layer"_a = 0.0, "end"_a = 0.0, "slack"_a = 1.0, "reads"_a = true, "next"_a = true,
           "Whether layers are rehearsed while one waits, see expert_cache.h; not where each is 0.")
       .def(
           "take",
           [](ExpertCache& self) {
-            streamer::Served all;
-            {
-              nb::gil_scoped_release free;
-              all = self.take();
-            }
+            streamer::Served all = self.take();
             nb::list told, demands;
             for (const auto& one : all.demands) {
               demands.append(nb::make_tuple(one.nbytes, one.seconds, one.beside));
@@ -110,13 +107,17 @@ void bind_expert_cache(nb::module_& m) {
                   new streamer::Ticket(self.reads(), all.failed, nb::none()),
                   nb::rv_policy::take_ownership);
             }
-            const streamer::Guesses& by = all.guesses;
+            nb::list guesses;
+            for (const auto& by : all.guesses) {
+              guesses.append(nb::make_tuple(by.named, by.right, by.read, by.used));
+            }
             return nb::make_tuple(
-                all.hits, all.misses, all.waits, demands, told, failed, all.rehearsals,
-                nb::make_tuple(by.named, by.right, by.read, by.used));
+                all.hits, all.misses, all.waits, demands, told, failed, all.rehearsals, all.end, guesses);
           },
-          "A pass is over; guesses are dropped. Since it was asked last: hits, misses, layers that "
+          "A pass is over; guesses about the next hold their slots until `wait`. Since it was asked last: hits, misses, layers that "
           "missed; (bytes, seconds, whether beside guesses) of what each of those waited for; while "
           "watched (layer, k, ids, missed) of each choice, ids as int32; a ticket that failed; seconds "
-          "of each layer rehearsed; experts that those named, right, read and used.");
+          "of each layer rehearsed, and of the pass's end; experts that were named, right, read and used, "
+          "of this pass's layers and of the next one's.")
+      .def_prop_ro("holds", &ExpertCache::holds, "Whether guesses hold slots of the pool.");
 }

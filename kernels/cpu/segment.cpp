@@ -31,6 +31,21 @@ class SegmentOp::Impl {
   bool routes() const {
     return s_.router.has_value();
   }
+  bool begins() const {
+    return s_.entry && s_.entry->inputs() == 1;
+  }
+  bool ends() const {
+    return s_.head.has_value();
+  }
+  bool has_room(const Arrays& states, int offset, int rows) const {
+    size_t at = 0;
+    for (const Block& block : s_.blocks) {
+      if (block.kind == Block::Kind::plain) continue;
+      if (block.kind == Block::Kind::cache && offset + rows > states[at].shape(2)) return false;
+      at += 2;
+    }
+    return true;
+  }
   // Checks what is given and says what comes of it.
   Made made(const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const;
   void run(
@@ -352,6 +367,18 @@ bool SegmentOp::kept() const {
 
 bool SegmentOp::routes() const {
   return impl_->routes();
+}
+
+bool SegmentOp::begins() const {
+  return impl_->begins();
+}
+
+bool SegmentOp::ends() const {
+  return impl_->ends();
+}
+
+bool SegmentOp::has_room(const Arrays& states, int offset, int rows) const {
+  return impl_->has_room(states, offset, rows);
 }
 
 Arrays SegmentOp::operator()(Call call, mx::StreamOrDevice stream) const {

@@ -43,6 +43,10 @@ class SegmentOp {
 
   bool kept() const;
   bool routes() const; // it ends with a router's choice
+  bool begins() const; // it takes tokens, and nothing else
+  bool ends() const; // it gives logits
+  // Whether the caches among these states have room for rows more behind `offset` tokens.
+  bool has_room(const std::vector<mx::array>& states, int offset, int rows) const;
 
   // inputs: those of an entry, else x [B, T, D]; with chosen experts then those of a router's
   // outputs, slots in place of ids. Gives logits [B, T, V] with a head, and if hidden x and norm(x),
