@@ -151,8 +151,12 @@ class Foresight:
         self._prefetch(layer, experts, deadline, room, keep)
 
     def trusts(self, rehearsal: str) -> bool:
-        """Whether what layers name that are rehearsed in this pass, or for the next, is read."""
-        return self._likely[rehearsal][_bucket(REHEARSED)].share >= self._least()
+        """Whether what layers name that are rehearsed in this pass, or for the next, is read.
+
+        The extension asks for it in no time, so that it is read however busy the disk is: demands
+        come first, and a wrong guess costs them less than a right one gains.
+        """
+        return self._likely[rehearsal][_bucket(REHEARSED)].share >= LEAST
 
     def came(self, rehearsal: str, misses: int, outcome: tuple[int, int, int, int]) -> None:
         """Of a pass that the extension ran: experts named, right, read and used.
