@@ -107,7 +107,7 @@ class Effort:
 
     @property
     def end(self) -> float:
-        """Seconds that the end of a pass takes, its last layer's experts and the head; 0: unknown."""
+        """Seconds of a pass's end, its last experts and the head; 0 while unknown."""
         return self._end.value
 
     def ended(self, seconds: float) -> None:
