@@ -265,8 +265,8 @@ class Residency:
             self.holder = None
 
     def allow(self, nbytes: int) -> None:
-        """So many bytes of guesses may be under way."""
-        if self.store.guess_bytes != nbytes:
+        """So many bytes of guesses may be under way, an eighth more or less."""
+        if 8 * abs(self.store.guess_bytes - nbytes) > nbytes:
             self.store.guess_bytes = nbytes
 
     def passed(self, layer: int) -> None:

@@ -181,8 +181,9 @@ bool Reads::wait(ReadBatch& batch, double seconds) {
 
 void Reads::set_guess_bytes(size_t nbytes) {
   std::lock_guard hold(lock_);
+  const bool more = nbytes > guess_bytes;
   guess_bytes = nbytes;
-  work_.notify_all();
+  if (more && !guesses_.empty()) work_.notify_all();
 }
 
 void Reads::promote(const std::shared_ptr<ReadBatch>& batch) {
