@@ -7,11 +7,12 @@
     effort.pays(pace.left(nbytes, since))  # whether to rehearse while it waits
     way = ways.choose(); ways.record(way, Seen(seconds, waited, layers))
 
-Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer;
-another way is tried for a few passes when what its trial can lose is a small share of the time
-gone by, and only where the numbers leave it something to gain. Passes differ by more than ways do:
-a trial ends early only where it is clearly slower, and the way that another took the place of is
-tried again soon, since it was measured before that.
+Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer,
+and where the extension serves them go on looking ahead, which costs next to nothing there; another
+way is tried for a few passes when what its trial can lose is a small share of the time gone by, and
+only where the numbers leave it something to gain. Passes differ by more than ways do: a trial ends
+early only where it is clearly slower, and the way that another took the place of is tried again
+soon, since it was measured before that.
 """
 
 from __future__ import annotations
@@ -45,9 +46,6 @@ AGAIN = 100  # passes without rehearsing after which its costs are thought to be
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
 WORTH_WAITING = 0.1  # share of a pass that it waits, below which looking ahead gains nothing
-# seconds that the layers which miss must wait, each on average, for guessers to gain where a pass
-# is otherwise served without Python: about twice what Python takes of one
-WORTH_STOPPING = 0.7e-3
 RARE = 0.25  # layers of a pass that miss, above which rehearsing all of it does not pay
 
 
@@ -173,8 +171,8 @@ class Ways:
         self._reading, self._seconds = Mean(), Mean()  # of a pass
         self._waited = {w: Mean() for w in ways}  # share of a pass
         self._missing = Mean()
-        self._each = Mean()  # seconds waited for a layer that missed, in passes served
         self._best: Way = ways[0]
+        self._easy = False  # passes are served, so that looking ahead costs next to nothing
         self._trial: Way | None = None
         self._left = 0  # passes of the trial
         self._back: tuple[Way, int] | None = None  # to be tried again, after so many passes
@@ -197,6 +195,10 @@ class Ways:
             # what came between this pass and the next was no decoding; or all is slower now
             seen = replace(seen, seconds=PAUSE * self._seconds.value)
         self._passes += 1
+        if seen.served and not self._easy:
+            self._easy = True
+            if self._passes == 1 and "lookahead" in self._ways:
+                self._best = "lookahead"
         self._time += seen.seconds
         self._seconds.add(seen.seconds)
         self._reading.add(seen.reading)
@@ -208,8 +210,6 @@ class Ways:
             self._costs[way].append(seconds)
         self._last = way
         self._missing.add(seen.missing)
-        if seen.served and seen.missing and way == "layerwise":
-            self._each.add(seen.waited / seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
         if self._left and way == self._trial:
             self._left -= 1
@@ -243,6 +243,8 @@ class Ways:
 
         Medians of a few passes differ by hundredths, and one that looks faster by chance stays.
         """
+        if self._easy:
+            return MARGIN
         if self._best == "layerwise":
             return MARGIN * FAVOUR
         return MARGIN / FAVOUR if way == "layerwise" else MARGIN
@@ -274,8 +276,11 @@ class Ways:
         self._costs[way].clear()  # of another time
 
     def hopeful(self, way: Way) -> bool:
-        """Whether there is anything to gain."""
-        if way == "guess" and self._each.count and self._each.value < WORTH_STOPPING:
+        """Whether there is anything to gain.
+
+        Where passes are served, guessers and rehearsals of whole passes only bring Python back.
+        """
+        if self._easy and way in ("guess", "rehearse"):
             return False
         if way in ("lookahead", "guess"):
             return self._waited[self._best].value > WORTH_WAITING

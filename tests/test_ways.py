@@ -45,13 +45,16 @@ def test_nothing_is_tried_where_nothing_can_be_gained() -> None:
     assert "rehearse" not in run(Ways(), 500, lambda _: Seen(1.0, waited=0.4, missing=6))
 
 
-def test_guessers_are_not_asked_in_waits_shorter_than_a_stop_where_passes_are_served() -> None:
-    def took(seconds: float, served: bool) -> list[str]:
-        return run(Ways(), 500, lambda way: Seen(1e-2, seconds, 6, served=served))
+def test_served_passes_begin_by_looking_ahead_and_leave_it_where_it_loses() -> None:
+    def took(ahead: float) -> list[Way]:
+        seconds = {"lookahead": ahead}
+        return run(Ways(), 500, lambda way: Seen(seconds.get(way, 1e-2), 4e-3, 6, served=True))
 
-    short, long = 6 * 0.6e-3, 6 * 0.8e-3
-    assert set(took(short, True)) == {"layerwise", "lookahead"}
-    assert "guess" in took(long, True) and "guess" in took(short, False)
+    for ahead in (0.8e-2, 1e-2, 1.2e-2):
+        chosen = took(ahead)
+        assert chosen[1] == "lookahead" and set(chosen) == {"layerwise", "lookahead"}
+        better = "lookahead" if ahead <= 1e-2 else "layerwise"
+        assert chosen[50:].count(better) > 0.9 * 450
 
 
 def test_what_becomes_faster_is_found_and_what_becomes_slower_left() -> None:
