@@ -27,7 +27,7 @@ FLAGS = {
 }
 TESTS = (
     *("chain", "executor", "pager", "pool", "store", "store_close", "store_runs", "read_queue"),
-    *("rehearse", "session", "kernels_*", "cache_compressed"),
+    *("rehearse", "served_ahead", "session", "kernels_*", "cache_compressed"),
 )
 LEFT = ("build", "name", "bench", "threads")  # no kernel runs there; or memory is limited
 

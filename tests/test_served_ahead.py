@@ -50,6 +50,7 @@ class Pools:
         self._passes += 1
         for run in self._runs:
             pool = run.pool
+            run.ahead.drop(wait=True)  # where Python guessed
             self.held += run.holder is not None
             if self._passes % 3 == 0:
                 run.regain()
@@ -105,6 +106,36 @@ def test_reads_for_the_next_pass_are_used(tiny_qwen: Path, slots: int) -> None:
     assert greedy(model, 40, pools) == greedy(whole, 40)
     tally = model.streamer.counters.sources[NEXT]
     assert pools.held and 0 < tally.used <= tally.right <= tally.named
+    for m in (model, whole):
+        m.streamer.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_ways_of_a_pass_take_turns(
+    tiny_qwen: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Served looking ahead or not, asked for, a prompt's, by a session of two; slots come back."""
+    chance = np.random.default_rng(seed)
+    monkeypatch.setattr(Effort, "worth", lambda *_: bool(chance.random() < 0.7))
+    disk = Disk.parse(["40MB/s@3ms", "60MB/s", "400MB/s", "20MB/s@1ms"][seed])
+    whole = load_streamed(tiny_qwen)
+    model = load_streamed(tiny_qwen, slots=[16, 24, 32, 48][seed], executor="lookahead", disk=disk)
+    pools, runs = Pools(model), model.streamer.executors
+    begin = [run.serving.begin for run in runs]
+    caches = [(make_prompt_cache(model), make_prompt_cache(whole)) for _ in range(2)]
+    for _ in range(60):
+        ours, theirs = caches[int(chance.random() < 0.2)]
+        rows = int(chance.choice([1, 1, 1, 1, 1, 2, 3, 30]))
+        tokens = mx.array(chance.integers(0, 12, rows)[None])
+        asked = chance.random() < 0.2
+        for run, own in zip(runs, begin, strict=True):
+            run.serving.begin = (lambda: None) if asked else own  # type: ignore[method-assign]
+        got, want = model(tokens, cache=ours), whole(tokens, cache=theirs)
+        assert mx.array_equal(got, want)
+        for run in runs:
+            run.settle()
+        pools.passed()
+    assert model.streamer.counters.prefetch_used
     for m in (model, whole):
         m.streamer.close()
 
