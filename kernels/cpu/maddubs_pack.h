@@ -97,6 +97,7 @@ inline void fixed(const float* x, __m256i* q, float* units) {
 // 64 weights as bytes, even ones and odd ones, and, times 256, as half-words in the order of h.
 struct Nibbles {
   static constexpr int64_t bytes = 32, block = block_bytes(false); // of weights, of x
+  static constexpr bool biases = true; // whether the matrix has any
 
   __m256i even, odd, quarters[4];
 
@@ -139,6 +140,7 @@ struct Nibbles {
 // The same of mxfp4.
 struct Levels : Nibbles {
   static constexpr int64_t block = block_bytes(true);
+  static constexpr bool biases = false;
 
   static inline __attribute__((always_inline)) Levels at(const uint8_t* from, bool part) {
     const Nibbles n(read(from, part));

@@ -119,7 +119,7 @@ inline __attribute__((always_inline)) void stretch(
   constexpr bool held = M <= 4; // more don't fit into registers beside the weights
   __m256 sum[M];
   if (begin == 0) {
-    if (biases != nullptr) {
+    if constexpr (Weights::biases) {
       of_biases<M>(L, of_x, biases, rest, sum);
     } else {
       for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_ps();
@@ -174,13 +174,12 @@ void run_rows(
   const int64_t width = A.scale == Scale::f32 ? 4 : 2;
   for (int64_t i = 0; i < scales * width; i += 64) {
     __builtin_prefetch(static_cast<const char*>(A.scales) + end * L.G * width + i, 0, 2);
-    if (A.biases == nullptr) continue;
+    if (!Weights::biases) continue;
     __builtin_prefetch(static_cast<const char*>(A.biases) + end * L.G * width + i, 0, 2);
   }
   const float* scale = widened(A.scales, A.scale, begin * L.G, scales, room);
-  const float* bias = A.biases == nullptr
-      ? nullptr
-      : widened(A.biases, A.scale, begin * L.G, scales, room + scales);
+  const float* bias = nullptr;
+  if (Weights::biases) bias = widened(A.biases, A.scale, begin * L.G, scales, room + scales);
   const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
   const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(L.G % W)), lane);
   const auto* weights = static_cast<const uint8_t*>(A.w) + begin * row_bytes;
@@ -193,7 +192,7 @@ void run_rows(
     for (int64_t r = 0; r < count; ++r) {
       stretch<Weights, M, per>(
           L, weights + r * row_bytes, x, of_x, scale + r * L.G,
-          bias == nullptr ? nullptr : bias + r * L.G, rest,
+          Weights::biases ? bias + r * L.G : nullptr, rest,
           total + r * M * W, k, to, ahead);
     }
   }

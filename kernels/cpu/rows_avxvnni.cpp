@@ -49,6 +49,7 @@ inline __m256i Nibbles::integers(const uint8_t* x) const {
 // They meet three signed bytes of x, h, m and l: x = unit * (2^16 h + 2^8 m + l).
 struct Bytes {
   static constexpr int64_t bytes = 64, block = block_bytes(false); // of weights, of x
+  static constexpr bool biases = true; // whether the matrix has any
 
   __m256i fore, hind;
 
