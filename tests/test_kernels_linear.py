@@ -83,6 +83,17 @@ def test_every_code_of_minifloats_at_every_scale(mode, bits, group) -> None:
 
 
 @extension
+def test_every_code_of_mxfp4_at_every_scale() -> None:
+    """As above; in fixed point a scale of 2^-127 by a unit of x is less than a float can be."""
+    e = np.arange(2, 255, dtype=np.uint8)
+    w = mx.array(np.tile(np.repeat(np.arange(16, dtype=np.uint32) * 0x11111111, 4), len(e)))
+    w, s = w.reshape(-1, 4), mx.array(np.repeat(e, 16)[:, None])
+    exact = 32 * mx.dequantize(w, s, mode="mxfp4", dtype=mx.float32)[:, 0]
+    y = linear(mx.ones((1, 32)), w, s, None, group_size=32, bits=4, mode="mxfp4")[0]
+    assert mx.array_equal(y, exact)
+
+
+@extension
 @pytest.mark.parametrize("mode,bits,group", FORMATS)
 def test_x_with_a_mean(mode, bits, group) -> None:
     weights, exact = quantized((130, 8192), mode, bits, group, mx.float32)

@@ -1,22 +1,11 @@
 #include "forms.h"
 
-#include <array>
-
 #include "minifloats.h"
 #include "spread.h"
+#include "unpack.h"
 #include "workspace.h"
 
 namespace streamer {
-namespace {
-
-// half_power of each exponent.
-constexpr std::array<float, 256> half_powers = [] {
-  std::array<float, 256> values{0x1p-128f};
-  for (int e = 1; e < 256; ++e) values[e] = 2 * values[e - 1];
-  return values;
-}();
-
-} // namespace
 
 Matrix form_of(const Matrix& matrix) {
   Matrix A = matrix;
@@ -55,7 +44,7 @@ Matrix form_rows(const Matrix& matrix, int64_t begin, int64_t end) {
   if (A.levels) {
     const int64_t G = A.K / A.group;
     const auto* exponents = static_cast<const uint8_t*>(A.scales) + begin * G;
-    for (int64_t i = 0; i < count * G; ++i) to[i] = half_powers[exponents[i]];
+    for (int64_t i = 0; i < count * G; ++i) to[i] = half_power(exponents[i]);
     A.scales = first;
     return A;
   }

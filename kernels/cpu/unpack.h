@@ -39,9 +39,12 @@ inline float wide(const void* base, Scale type, int64_t index) {
   return type == Scale::bf16 ? from_bits(static_cast<uint32_t>(half) << 16) : from_half(half);
 }
 
-// 2^(e - 128), half of an e8m0 scale: the nibbles of fp4 are doubled.
+// 2^(e - 128), half of an e8m0 scale: the nibbles of fp4 are doubled. Only its upper half-word is not
+// zero: the larger of a normal float's and of a subnormal one's (e < 2), which vectors do, too.
 inline float half_power(uint8_t e) {
-  return from_bits(e >= 2 ? static_cast<uint32_t>(e - 1) << 23 : 0x00200000u << e);
+  const auto normal = static_cast<int16_t>((e - 1) << 7);
+  const auto subnormal = static_cast<int16_t>((e + 1) << 5);
+  return from_bits(static_cast<uint32_t>(normal > subnormal ? normal : subnormal) << 16);
 }
 
 } // namespace
