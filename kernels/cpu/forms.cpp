@@ -27,16 +27,15 @@ Matrix form_of(const Matrix& matrix) {
   return A;
 }
 
-int64_t form_bytes(const Matrix& matrix) {
-  const Matrix A = form_of(matrix);
-  if (A.levels) return 4 * int64_t(A.K / A.group);
-  if (A.format == matrix.format && A.bits == matrix.bits) return 0;
-  return int64_t(A.K) * (A.format == Format::dense ? 32 : A.bits) / 8;
+int64_t form_bytes(const Matrix& matrix, const Matrix& form) {
+  if (form.levels) return 4 * int64_t(form.K / form.group);
+  if (form.format == matrix.format && form.bits == matrix.bits) return 0;
+  return int64_t(form.K) * (form.format == Format::dense ? 32 : form.bits) / 8;
 }
 
-Matrix form_rows(const Matrix& matrix, int64_t begin, int64_t end) {
-  Matrix A = form_of(matrix);
-  const int64_t each = form_bytes(matrix), count = end - begin;
+Matrix form_rows(const Matrix& matrix, const Matrix& form, int64_t begin, int64_t end) {
+  Matrix A = form;
+  const int64_t each = form_bytes(matrix, form), count = end - begin;
   if (each == 0) return A;
   // Blocks of rows are read whole by some kernels, whatever lies behind the last.
   float* to = workspace(Use::weights, (count + max_block) * each / 4 + 1);

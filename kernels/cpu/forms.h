@@ -10,9 +10,9 @@ namespace streamer {
 Matrix form_of(const Matrix& matrix);
 
 // Bytes that form_rows makes for a row; none where all lies where the kernels read it.
-int64_t form_bytes(const Matrix& matrix);
+int64_t form_bytes(const Matrix& matrix, const Matrix& form);
 
 // The form with pointers to rows [begin, end), as if to all of them, in this thread's memory.
-Matrix form_rows(const Matrix& matrix, int64_t begin, int64_t end);
+Matrix form_rows(const Matrix& matrix, const Matrix& form, int64_t begin, int64_t end);
 
 } // namespace streamer

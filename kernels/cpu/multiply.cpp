@@ -114,18 +114,19 @@ void multiply_batch(
     const Matrix& A = product.A;
     const int64_t begin = int64_t(task - first[i]) * steps[i];
     const int64_t end = std::min<int64_t>(A.N, begin + steps[i]);
-    float* scratch = workspace(Use::scratch, kernel.scratch(form_of(A)));
+    const Matrix form = form_of(A);
+    float* scratch = workspace(Use::scratch, kernel.scratch(form));
     int64_t tall = max_tile;
-    if (const int64_t each = form_bytes(A); each > 0 && product.end - product.begin == 1) {
+    if (const int64_t each = form_bytes(A, form); each > 0 && product.end - product.begin == 1) {
       const int64_t block = kernel.block;
       tall = std::clamp<int64_t>(made_bytes / each / block * block, block, max_tile);
     }
     for (int64_t tile = begin; tile < end; tile += tall) {
       const int64_t stop = std::min<int64_t>(end, tile + tall);
-      const Matrix form = form_rows(A, tile, stop);
+      const Matrix made = form_rows(A, form, tile, stop);
       for (int p = product.begin; p < product.end; ++p) {
         const Part& part = parts[p];
-        kernel.run(form, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
+        kernel.run(made, packs[part.pack].M, packed + starts[part.pack - low], scratch, part.y,
                    static_cast<int>(tile), static_cast<int>(stop));
       }
     }
