@@ -15,19 +15,27 @@ namespace {
 
 constexpr int64_t fetched = 6144; // bytes of weights between those in use and those asked for
 
-// A block is 64 bytes of weights. Per row of x it holds digits h, m, l of what they meet, 64 bytes
-// each (4 bits: of the even ones, then of the odd ones), sixteen units, and what the weights' middle
-// makes of each lane's h, negative: sums begin with it, as large ones would cancel only at the end.
-// What it makes of m and l, which are small, is packed by group beside the sums of x.
+// A block is 64 bytes of weights. Per row of x it holds, from these bytes on, digits h, m, l of what
+// they meet, a byte each (4 bits: 64 of the even ones, then of the odd ones), sixteen units, and
+// what the weights' middle makes of each lane's h, negative: sums begin with it, as large ones would
+// cancel only at the end. What it makes of m and l, which are small, is packed by group beside the
+// sums of x.
+template <int bits>
+struct Block {
+  static constexpr int64_t columns = bits == 4 ? 128 : 64;
+  static constexpr int64_t h = 0, m = columns, l = 2 * columns, units = 3 * columns,
+                           begins = units + 64, bytes = begins + 64;
+};
+
 struct Layout {
   int64_t K, G, columns, blocks, bytes, sums;
 
   explicit Layout(const Matrix& A)
       : K(A.K),
         G(A.K / A.group),
-        columns(A.bits == 4 ? 128 : 64),
+        columns(A.bits == 4 ? Block<4>::columns : Block<8>::columns),
         blocks((A.K + columns - 1) / columns),
-        bytes(A.bits == 4 ? 8 * 64 : 5 * 64),
+        bytes(A.bits == 4 ? Block<4>::bytes : Block<8>::bytes),
         sums((G + W - 1) / W * W) {}
 };
 
@@ -76,16 +84,18 @@ inline __m512i dot(__m512i acc, __m512i w, const uint8_t* x) {
 
 // Sum over a lane's digits times w, as the integers that they stand for; of h from the middle on.
 inline __m512 whole4(__m512i low, __m512i high, const uint8_t* x) {
-  __m512i a = dot(dot(_mm512_load_si512(x + 448), low, x), high, x + 64);
-  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 128), high, x + 192);
-  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + 256), high, x + 320);
+  using At = Block<4>;
+  __m512i a = dot(dot(_mm512_load_si512(x + At::begins), low, x + At::h), high, x + At::h + 64);
+  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + At::m), high, x + At::m + 64);
+  a = dot(dot(_mm512_slli_epi32(a, 8), low, x + At::l), high, x + At::l + 64);
   return _mm512_cvtepi32_ps(a); // below 15 * 8 * 2^23
 }
 
 inline __m512 whole8(__m512i w, const uint8_t* x) {
-  __m512i a = dot(_mm512_load_si512(x + 256), w, x);
-  a = dot(_mm512_slli_epi32(a, 8), w, x + 64);
-  const __m512i b = dot(_mm512_setzero_si512(), w, x + 128);
+  using At = Block<8>;
+  __m512i a = dot(_mm512_load_si512(x + At::begins), w, x + At::h);
+  a = dot(_mm512_slli_epi32(a, 8), w, x + At::m);
+  const __m512i b = dot(_mm512_setzero_si512(), w, x + At::l);
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(b));
 }
 
@@ -94,7 +104,7 @@ void pack_block(
     const float* x, int64_t count, int bits, int middle, uint8_t* out, __m512& sum, __m512& low) {
   const int vectors = bits == 4 ? 8 : 4;
   alignas(64) uint8_t natural[3][128];
-  float* units = reinterpret_cast<float*>(out + (bits == 4 ? 384 : 192));
+  float* units = reinterpret_cast<float*>(out + (bits == 4 ? Block<4>::units : Block<8>::units));
   for (int i = 0; i < vectors; ++i) {
     const int64_t left = count - W * i;
     const __mmask16 some = left >= W ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
@@ -117,11 +127,11 @@ void pack_block(
   for (int d = 0; d < 3; ++d) {
     const __m512i first = _mm512_load_si512(natural[d]);
     if (bits == 8) {
-      _mm512_store_si512(out + 64 * d, first);
+      _mm512_store_si512(out + Block<8>::columns * d, first);
       continue;
     }
     const __m512i second = _mm512_load_si512(natural[d] + 64);
-    auto* to = reinterpret_cast<__m256i*>(out + 128 * d);
+    auto* to = reinterpret_cast<__m256i*>(out + Block<4>::columns * d);
     _mm256_store_si256(to, _mm512_cvtepi16_epi8(first));
     _mm256_store_si256(to + 1, _mm512_cvtepi16_epi8(second));
     _mm256_store_si256(to + 2, _mm512_cvtepi16_epi8(_mm512_srli_epi16(first, 8)));
@@ -129,7 +139,7 @@ void pack_block(
   }
   __m512i sums[3]; // of the digits
   for (int d = 0; d < 3; ++d) {
-    const uint8_t* from = out + (bits == 4 ? 128 : 64) * d;
+    const uint8_t* from = out + (bits == 4 ? Block<4>::columns : Block<8>::columns) * d;
     sums[d] = dot(_mm512_setzero_si512(), one, from);
     if (bits == 4) sums[d] = dot(sums[d], one, from + 64);
   }
@@ -194,7 +204,7 @@ template <int bits, int R, int M>
 inline __attribute__((always_inline)) void tile(
     const Matrix& A, const Layout& L, const uint8_t* x, const float* of_x, float* const* y,
     int64_t n) {
-  constexpr int64_t columns = bits == 4 ? 128 : 64, bytes = bits == 4 ? 512 : 320;
+  using At = Block<bits>;
   const int64_t row_bytes = L.K * bits / 8;
   const auto* weights = static_cast<const uint8_t*>(A.w) + n * row_bytes;
   // Rows that come `ahead` are fetched meanwhile: no stride tells the hardware.
@@ -222,12 +232,12 @@ inline __attribute__((always_inline)) void tile(
       }
     }
   }
-  const int lanes = static_cast<int>(A.group * W / columns);
+  const int lanes = static_cast<int>(A.group * W / At::columns);
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i group = _mm512_srli_epi32(lane, lanes >= 16 ? 4 : lanes == 8 ? 3 : 2);
   const __mmask16 groups = first(lanes >= 16 ? 1 : W / lanes);
   const __m512i nibble = _mm512_set1_epi8(15);
-  for (int64_t k = 0; k < L.blocks; ++k, x += M * bytes) {
+  for (int64_t k = 0; k < L.blocks; ++k, x += M * At::bytes) {
     const int64_t left = row_bytes - k * 64;
     const __mmask16 some = left >= 64 ? 0xffff : static_cast<__mmask16>((1u << left / 4) - 1);
     const int64_t g = k * W / lanes;
@@ -243,7 +253,7 @@ inline __attribute__((always_inline)) void tile(
       return _mm512_permutexvar_ps(group, wide(here, A.scales, A.scale, (n + r) * L.G + g));
     };
     if constexpr (M == 1) { // one row after another: few registers for many sums
-      const __m512 unit = _mm512_load_ps(x + bytes - 128);
+      const __m512 unit = _mm512_load_ps(x + At::units);
       for (int r = 0; r < R; ++r) {
         __m512i low, high;
         const __m512 scale = _mm512_mul_ps(read(r, low, high), unit);
@@ -255,8 +265,8 @@ inline __attribute__((always_inline)) void tile(
       __m512 scale[R];
       for (int r = 0; r < R; ++r) scale[r] = read(r, low[r], high[r]);
       for (int m = 0; m < M; ++m) {
-        const uint8_t* xm = x + m * bytes;
-        const __m512 unit = _mm512_load_ps(xm + bytes - 128);
+        const uint8_t* xm = x + m * At::bytes;
+        const __m512 unit = _mm512_load_ps(xm + At::units);
         for (int r = 0; r < R; ++r) {
           const __m512 sum = bits == 4 ? whole4(low[r], high[r], xm) : whole8(low[r], xm);
           total[r][m] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale[r], unit), total[r][m]);
