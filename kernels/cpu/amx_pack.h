@@ -46,7 +46,7 @@ Layout layout(const Matrix& A, int M) {
 
 // The powers of two that bring what is at most `bits` (as an integer) below 2^23 and back.
 inline void unit(int bits, float& up, float& down) {
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  // Half a digit is added to the largest value: from 0x7f7f80 on the third digit would not fit.
   int exponent = (bits >> 23) + ((bits & 0x7fffff) > 0x7e0000);
   if (exponent < 32) exponent = 32;
   // x < 2^(exponent - 126), and 22 bits more are kept.

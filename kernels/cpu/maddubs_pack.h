@@ -1,7 +1,7 @@
 // What rows of x are packed to for narrow256.h, and 64 weights of 4 bits.
 //
 // A lane holds eight neighbours of x as integers of 24 bits beside one power of two, each cut into
-// a signed half-word and a signed byte: x = unit * (2^8 h + l). All sums of a block are exact.
+// a signed half-word and a signed byte: x = unit * (2^8 h + l). Sums of a block are exact integers.
 #pragma once
 
 #include <immintrin.h>
@@ -76,7 +76,7 @@ inline void fixed(const float* x, __m256i* q, float* units) {
   const __m256i r = largest(a[0], a[1], a[2], a[3]), s = largest(a[4], a[5], a[6], a[7]);
   const __m256i bits = _mm256_max_epi32(
       _mm256_permute2x128_si256(r, s, 0x20), _mm256_permute2x128_si256(r, s, 0x31));
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  // Half a digit is added to the largest value: from 0x7f7f80 on the third digit would not fit.
   const __m256i top = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
   const __m256i full = _mm256_cmpgt_epi32(top, _mm256_set1_epi32(0x7e0000));
   __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), full);
@@ -125,8 +125,8 @@ struct Nibbles {
     return part ? _mm256_zextsi128_si256(_mm_loadu_si128(half)) : _mm256_loadu_si256(all);
   }
 
-  // Sum over each lane's values of x times these, below 24 * 8 * 2^23: what an instruction set
-  // supplies.
+  // Sum over each lane's values of x times these: what an instruction set supplies. Weights are at
+  // most 15, those of Levels 24: an integer holds 24 * 8 * 2^23, a half-word four products of l.
   __m256i integers(const uint8_t* x) const;
 
   __m256 times(const uint8_t* x) const {

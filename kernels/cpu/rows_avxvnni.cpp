@@ -63,6 +63,7 @@ struct Bytes {
     return {both(0), both(1)};
   }
 
+  // Weights are at most 255: sums are below 255 * 8 * 2^15 of h and m, 255 * 8 * 2^7 of l.
   __m256 times(const uint8_t* x) const {
     const auto* from = reinterpret_cast<const __m256i*>(x);
     auto add = [&](__m256i sum, int i) __attribute__((always_inline)) {

@@ -83,7 +83,7 @@ inline __attribute__((always_inline)) void whole(
 
 // The powers of two that bring values of such size below 2^23, and back; NaN where one is no number.
 inline void units(uint32x4_t bits, F& up, F& down) {
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  // Half a digit is added to the largest value: from 0x7f7f80 on the third digit would not fit.
   const uint32x4_t top = vandq_u32(bits, vdupq_n_u32(0x7fffff));
   const uint32x4_t full = vcgtq_u32(top, vdupq_n_u32(0x7e0000)); // all ones: minus one
   uint32x4_t exponent = vsubq_u32(vshrq_n_u32(bits, 23), full);

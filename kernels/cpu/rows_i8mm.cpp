@@ -83,7 +83,7 @@ inline __attribute__((always_inline)) void whole(
 
 // The powers of two that bring values of such size below 2^23, and back; NaN where one is no number.
 inline void unit_of(uint32_t bits, float& up, float& down) {
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  // Half a digit is added to the largest value: from 0x7f7f80 on the third digit would not fit.
   uint32_t exponent = (bits >> 23) + ((bits & 0x7fffffu) > 0x7e0000u);
   if (exponent < 32) exponent = 32;
   const uint32_t back = exponent - 22; // x < 2^(exponent - 126), and 22 bits more are kept

@@ -52,7 +52,7 @@ inline void unit(__m512 x, __m512& up, __m512& down) {
   if (lanes == 8) {
     bits = _mm512_max_epi32(bits, _mm512_shuffle_i32x4(bits, bits, _MM_SHUFFLE(2, 3, 0, 1)));
   }
-  // Half a digit is added to the largest value: above 0x7f7f80 the third digit would not fit.
+  // Half a digit is added to the largest value: from 0x7f7f80 on the third digit would not fit.
   const __m512i top = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffff));
   const __mmask16 full = _mm512_cmpgt_epi32_mask(top, _mm512_set1_epi32(0x7e0000));
   __m512i exponent = _mm512_srli_epi32(bits, 23);

@@ -39,8 +39,8 @@ inline float wide(const void* base, Scale type, int64_t index) {
   return type == Scale::bf16 ? from_bits(static_cast<uint32_t>(half) << 16) : from_half(half);
 }
 
-// 2^(e - 128), half of an e8m0 scale: the nibbles of fp4 are doubled. Only its upper half-word is not
-// zero: the larger of a normal float's and of a subnormal one's (e < 2), which vectors do, too.
+// 2^(e - 128), half of an e8m0 scale: the nibbles of fp4 are doubled. Only its upper half-word is
+// not zero: the larger of a normal float's and a subnormal one's (e < 2), which vectors do, too.
 inline float half_power(uint8_t e) {
   const auto normal = static_cast<int16_t>((e - 1) << 7);
   const auto subnormal = static_cast<int16_t>((e + 1) << 5);
