@@ -4,9 +4,10 @@
     foresight.chose(layer, ids, misses, x)                  # after its demands were queued
     foresight.end()
 
-A guess is read where it is likelier right than the disk is busy: of a right one the pass gains
-what the disk would else have idled, by a wrong one it loses what the disk would else have done.
-How likely is learnt for each source and strength. On a busy disk guessing thus ends by itself.
+A guess is read where it is about as likely right as the disk is busy with what layers ask for: of a
+right one the pass gains what the disk would else have idled, by a wrong one it loses what the disk
+would else have done. How likely is learnt for each source and strength. On a saturated disk
+guessing thus ends by itself.
 Guesses hold an eighth of the slots at most, those of a rehearsal what is left of the pool.
 """
 
@@ -33,6 +34,7 @@ BUCKETS = 8  # of strengths
 PRIOR = 6  # guesses that a strength weighs before any has come true or not
 SLOWEST = 0.01  # weight of the newest outcome, at least
 LEAST = 0.5  # no guess is read that is less likely
+LEEWAY = 0.1  # nor one that is less likely by this than the disk is busy
 SHARE = 8  # a part of the slots
 FAR = 1.0  # seconds between passes that have nothing to do with each other
 
@@ -61,10 +63,10 @@ class Foresight:
         self._read: set[tuple[int, int]] = set()
         self._working: list[Tally] = []  # of sources that guess in this pass
         self._tokens = np.zeros(0, dtype=np.int32)
-        self.busy = Mean()  # share of its time that the disk reads
+        self.busy = Mean()  # share of its time that the disk reads what layers ask for
         self._learning: list[Guesser] = []  # sources that observe this pass
         self._guessing = False  # and guess in it
-        self._at, self._nbytes = 0.0, 0  # when it was last looked at, and bytes read until then
+        self._at, self._nbytes = 0.0, 0  # when it was last looked at, and bytes wanted until then
 
     @property
     def learns(self) -> bool:
@@ -102,10 +104,10 @@ class Foresight:
         return bool(self._learning or self._guessing or self._named)
 
     def _clock(self) -> None:
-        """How busy the disk was since the pass before."""
-        now, nbytes = time.perf_counter(), self._run.bytes_read
+        """How busy the disk was since the pass before with what was asked for."""
+        now, nbytes = time.perf_counter(), self._run.counters.bytes_wanted
         if 0 < now - self._at < FAR:
-            share = (nbytes - self._nbytes) * self._run.pace.each / (now - self._at)
+            share = (nbytes - self._nbytes) * self._run.pace.best / (now - self._at)
             self.busy.add(min(1.0, share))
         self._at, self._nbytes = now, nbytes
 
@@ -151,12 +153,8 @@ class Foresight:
         self._prefetch(layer, experts, deadline, room, keep)
 
     def trusts(self, rehearsal: str) -> bool:
-        """Whether what layers name that are rehearsed in this pass, or for the next, is read.
-
-        The extension asks for it in no time, so that it is read however busy the disk is: demands
-        come first, and a wrong guess costs them less than a right one gains.
-        """
-        return self._likely[rehearsal][_bucket(REHEARSED)].share >= LEAST
+        """Whether what layers name that are rehearsed in this pass, or for the next, is read."""
+        return self._likely[rehearsal][_bucket(REHEARSED)].share >= self._least()
 
     def came(self, rehearsal: str, misses: int, outcome: tuple[int, int, int, int]) -> None:
         """Of a pass that the extension ran: experts named, right, read and used.
@@ -175,7 +173,7 @@ class Foresight:
             likely.add(i < right)
 
     def _least(self) -> float:
-        return max(LEAST, self.busy.value)
+        return max(LEAST, self.busy.value - LEEWAY)
 
     def _ask(self, moment: Moment, keep: tuple[int, frozenset[int]]) -> None:
         """Read what the sources name now, as far as it is likely."""

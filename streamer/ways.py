@@ -30,6 +30,7 @@ WAYS: tuple[Way, ...] = ("layerwise", "lookahead", "guess", "rehearse")  # as th
 GUESSES = 1 << 20  # bytes of guesses under way at most: four reads keep a disk busy
 DELAY = 0.7e-3  # seconds that they may hold up a demand
 FADING = 0.1  # weight of the newest sample
+FORGETTING = 1.01  # by which the best read becomes worse with each that is no better
 FIRST = 6  # passes before any trial
 TRIAL = 4  # passes of a trial; the first of them is not counted
 WINDOW = 16  # passes whose median is a way's cost
@@ -66,16 +67,24 @@ class Pace:
     def __init__(self) -> None:
         self._waits = Mean()
         self._each = Mean()  # seconds a byte, the latency at this depth of the queue included
+        self._best = 0.0  # the least of late
 
     def saw(self, nbytes: int, seconds: float) -> None:
         """They came within `seconds`."""
+        each = seconds / max(1, nbytes)
         self._waits.add(seconds)
-        self._each.add(seconds / max(1, nbytes))
+        self._each.add(each)
+        self._best = min(each, self._best * FORGETTING) if self._best else each
 
     @property
     def each(self) -> float:
         """Seconds a byte; 0 while unknown."""
         return self._each.value
+
+    @property
+    def best(self) -> float:
+        """Seconds a byte when nothing else is read; 0 while unknown."""
+        return self._best
 
     def long(self) -> float:
         """Seconds of a long wait: twice the average of layers that missed."""

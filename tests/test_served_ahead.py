@@ -14,7 +14,6 @@ from test_chain import PROMPT, ROWS, ask, passes, same
 
 from cache.make import make_cache
 from kernels import backend
-from streamer import foresee
 from streamer.disk import Disk
 from streamer.errors import StreamerError
 from streamer.foresee import NEXT, REHEARSAL, Foresight
@@ -32,7 +31,6 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "each", property(lambda _: 1.0))
     monkeypatch.setattr(Pace, "left", lambda *_: 1.0)
     monkeypatch.setattr(Effort, "worth", lambda *_: True)
-    monkeypatch.setattr(foresee, "LEAST", 0.0)
     monkeypatch.setattr(Foresight, "_least", lambda _: 0.0)
 
 
@@ -173,7 +171,7 @@ def test_it_names_what_the_reference_names(tiny_qwen: Path) -> None:
 def test_what_is_not_trusted_is_named_and_not_read(
     tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresee, "LEAST", 1.1)
+    monkeypatch.setattr(Foresight, "_least", lambda _: 1.1)
     model = load_streamed(tiny_qwen, slots=24, executor="lookahead", disk=SLOW)
     passes(model, make_prompt_cache(model), [1] * 6, False)
     tally = model.streamer.counters.sources[REHEARSAL]

@@ -273,11 +273,7 @@ void ExpertCache::guess(int layer, const int32_t* ids, int count, bool next, int
   const size_t room = taken < static_cast<size_t>(s_.slots) ? s_.slots - taken : 0;
   const bool trusted = looking && (next ? looking->next : looking->reads);
   const size_t reads = trusted ? std::min(absent.size(), room) : 0;
-  for (size_t i = 0; i < absent.size(); ++i) {
-    const int expert = absent[i];
-    std::erase_if(named_[layer], [&](const Named& one) { return one.expert == expert; });
-    named_[layer].push_back({expert, i < reads, next});
-  }
+  for (size_t i = 0; i < absent.size(); ++i) named_[layer].push_back({absent[i], i < reads, next});
   if (!reads) return;
   const std::vector<int> own = freed(static_cast<int>(reads), at_ < 0 ? layer : at_, need_);
   for (size_t i = 0; i < reads; i += rules_.wave) {
