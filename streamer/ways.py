@@ -252,9 +252,7 @@ class Ways:
 
         Medians of a few passes differ by hundredths, and one that looks faster by chance stays.
         """
-        if self._easy:
-            return MARGIN
-        if self._best == "layerwise":
+        if self._best == "layerwise" and not self._easy:
             return MARGIN * FAVOUR
         return MARGIN / FAVOUR if way == "layerwise" else MARGIN
 

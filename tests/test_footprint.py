@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -120,7 +121,10 @@ def test_the_footprint_is_resident_memory_and_its_peak() -> None:
     assert 60 * MB <= grown - now <= 80 * MB
     del held
     assert subject.footprint() < grown - 50 * MB
-    assert subject.peak_footprint() >= grown - 4 * MB
+    # the kernel counts pages by CPU, each up to so many off, and notes its peaks by their sum
+    cpus = os.cpu_count() or 1
+    off = cpus * max(32, 2 * cpus) * 4096
+    assert subject.peak_footprint() >= grown - 4 * MB - off
 
 
 def test_the_peak_is_not_that_of_a_large_parent() -> None:
