@@ -7,6 +7,7 @@ read back with others or while the disk is busy anyway. Two ways of a pass use i
 rehearsed, one by one for as long as it waits, and what they name is queued as guesses, nearest
 first. Then the layer is run again, with all that has come; the half of it that comes before
 its experts is kept where it can be. Layers rehearsed once are not rehearsed again in a pass.
+Where the extension serves a pass (`streamer.serving`) it does so itself, for the next one, too.
 
 `rehearse` runs all layers at once with one read-back. Up to the first layer that chose an
 absent expert it is the true pass; that layer is run again, truly, while its reads and those

@@ -263,6 +263,7 @@ class Residency:
         if self.holder is not None:
             self.holder.wait()
             self.holder = None
+            self.moved()
 
     def allow(self, nbytes: int) -> None:
         """So many bytes of guesses may be under way, an eighth more or less."""
