@@ -95,7 +95,7 @@ struct Weights {
 
 // y[m][n] by rows [first, first + count).
 void product(const Rows& rows, const Matrix& weights, const float* const* x, int count, float* out) {
-  const Matrix A = form_rows(weights, 0, N);
+  const Matrix A = form_rows(weights, form_of(weights), 0, N);
   Floats packed(rows.packed(A, count)), scratch(rows.scratch(A));
   float* y[M];
   for (int m = 0; m < count; ++m) y[m] = out + m * N;
