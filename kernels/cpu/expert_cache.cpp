@@ -159,7 +159,7 @@ bool ExpertCache::bring(
   chose(layer, ids, rows, k);
   if (!ahead_.empty() || !wrong_.empty()) {
     const size_t held = ahead_.size() + wrong_.size();
-    need.size() + held <= static_cast<size_t>(s_.slots) ? reclaim(false) : drop(true);
+    need.size() + held <= static_cast<size_t>(s_.slots) ? reclaim(false) : drop();
   }
   std::vector<int> misses, late;
   for (int expert : need) {
@@ -334,11 +334,11 @@ void ExpertCache::reclaim(bool wait) {
   wrong_ = std::move(left);
 }
 
-void ExpertCache::drop(bool wait) {
+void ExpertCache::drop() {
   for (const Guessed& one : ahead_) reads_->cancel(one.batch);
   std::move(ahead_.begin(), ahead_.end(), std::back_inserter(wrong_));
   ahead_.clear();
-  reclaim(wait);
+  reclaim(true);
 }
 
 void ExpertCache::wait() {
@@ -348,7 +348,7 @@ void ExpertCache::wait() {
     while (!reads_->wait(*batch, 1)) {
     }
   }
-  drop(true);
+  drop();
 }
 
 Served ExpertCache::take() {

@@ -154,7 +154,7 @@ class ExpertCache {
   void score(int layer, const std::vector<int>& misses);
   std::vector<Guessed> joined(int layer, const std::vector<int>& misses);
   void reclaim(bool wait);
-  void drop(bool wait);
+  void drop();
 
   std::shared_ptr<Reads> reads_;
   std::vector<CachedLayer> layers_;

@@ -99,7 +99,8 @@ void MoeBlock::mix(
     const std::vector<Arrival>& arrivals,
     AtHand& there,
     float* y) const {
-  const auto A = matrices(next, experts_);
+  std::vector<Matrix> A;
+  if (!arrivals.empty()) A = matrices(next, experts_);
   const int count = rows * k_;
   float *own = there.data(), *others = own + int64_t(count) * D_;
   std::vector<int32_t> slots(count);
