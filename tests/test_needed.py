@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from streamer.needed import PACKAGES, told
 
 DEMO = Path(__file__).resolve().parents[1] / "streamer" / "demo"
+# read by every Python that starts, children included
 LACKING = """
 import sys
 
@@ -20,16 +22,20 @@ class Finder:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Finder())
-import runpy
-sys.orig_argv = [sys.executable, "-m", "{module}"]
-sys.argv = ["{module}", *{arguments}]
-runpy.run_module("{module}", run_name="__main__", alter_sys=True)
 """
 
 
-def run(module: str, arguments: list[str], lacking: list[str]) -> subprocess.CompletedProcess[str]:
-    code = LACKING.format(module=module, arguments=arguments, lacking=lacking)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def run(
+    folder: Path, module: str, arguments: list[str], lacking: list[str]
+) -> subprocess.CompletedProcess[str]:
+    (folder / "sitecustomize.py").write_text(LACKING.format(lacking=lacking))
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.smoke
@@ -44,18 +50,20 @@ def run(module: str, arguments: list[str], lacking: list[str]) -> subprocess.Com
         ("convert", [str(DEMO), "/dev/null/there"]),
     ],
 )
-def test_one_line_says_what_to_do(command: str, arguments: list[str], lacking: list[str]) -> None:
+def test_one_line_says_what_to_do(
+    tmp_path: Path, command: str, arguments: list[str], lacking: list[str]
+) -> None:
     for module, given in ((f"streamer.{command}", arguments), ("streamer", [command, *arguments])):
-        done = run(module, given, lacking)
+        done = run(tmp_path, module, given, lacking)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert done.stderr.startswith("error: this Python has no ")
         assert f"{sys.executable} -m pip install" in done.stderr
 
 
 @pytest.mark.smoke
-def test_help_needs_none() -> None:
+def test_help_needs_none(tmp_path: Path) -> None:
     for module, arguments in (("streamer", ["--help"]), ("streamer.run", ["--help"])):
-        done = run(module, arguments, list(PACKAGES))
+        done = run(tmp_path, module, arguments, list(PACKAGES))
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         assert "usage" in done.stdout
 

@@ -1,6 +1,7 @@
 // What a segment is made of, for segment.cpp, which runs it, and segment_op.cpp, which MLX sees.
 #pragma once
 
+#include "data.h"
 #include "segment.h"
 
 namespace streamer {
