@@ -163,7 +163,8 @@ def test_it_names_what_the_reference_names(tiny_qwen: Path) -> None:
         mx.eval(model(mx.array([[9]]), cache=cache))
         tally = counters.sources[REHEARSAL]
         assert (counters.syncs == before[1]) == served
-        tallies.append((counters.misses - before[0], tally.named, tally.right, tally.read))
+        tallies.append((counters.misses - before[0], tally.named, tally.right))
+        assert 0 < tally.read <= tally.named  # the reference reads all at once
         model.streamer.close()
     assert tallies[0] == tallies[1] and tallies[0][2]
 

@@ -11,6 +11,7 @@ namespace streamer {
 namespace {
 
 constexpr int file_shift = 44; // streamer.trace.FILE_SHIFT
+constexpr double begun = 2; // guesses: one being read, one that is next
 
 double now() {
   using namespace std::chrono;
@@ -206,6 +207,7 @@ bool ExpertCache::bring(
       for (const Guessed& one : *all) beside_ = beside_ || !done(*one.batch);
     }
   }
+  ask();
   for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
   return true;
 }
@@ -255,32 +257,62 @@ void ExpertCache::guess(int layer, const int32_t* ids, int count, bool next, int
   const std::vector<int> chosen = distinct(ids, count);
   if (chosen.front() < 0 || chosen.back() >= at.experts) return; // of what is no number
   for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
-  std::vector<int> absent;
-  const auto coming = [&](int expert) { // guessed in the pass before
-    return std::any_of(ahead_.begin(), ahead_.end(), [&](const Guessed& one) {
-      return one.layer == layer && one.expert == expert;
-    });
-  };
   for (int expert : chosen) {
     if (at.slots[expert] >= 0) {
       expected_[first_[layer] + expert] = next ? 2 : 1;
-    } else if (!coming(expert)) {
-      absent.push_back(expert);
+    } else if (!coming(layer, expert)) { // guessed in the pass before
+      named_[layer].push_back({expert, false, next});
     }
   }
-  // What the waiting layer needs and this one found stays, and this one's absent ones fit besides.
-  const size_t taken = ahead_.size() + wrong_.size() + need_.size() + chosen.size();
-  const size_t room = taken < static_cast<size_t>(s_.slots) ? s_.slots - taken : 0;
-  const bool trusted = looking && (next ? looking->next : looking->reads);
-  const size_t reads = trusted ? std::min(absent.size(), room) : 0;
-  for (size_t i = 0; i < absent.size(); ++i) named_[layer].push_back({absent[i], i < reads, next});
-  if (!reads) return;
-  const std::vector<int> own = freed(static_cast<int>(reads), at_ < 0 ? layer : at_, need_);
-  for (size_t i = 0; i < reads; i += rules_.wave) {
-    const size_t n = std::min(reads - i, size_t(rules_.wave));
-    const auto batch = load(layer, &absent[i], &own[i], n, 0); // first come, first served
-    for (size_t j = i; j < i + n; ++j) ahead_.push_back({layer, absent[j], own[j], batch});
+  ask();
+}
+
+// Reads absent experts that were named, no more than the disk can begin with before a layer asks again:
+// others would hold slots until then, from which experts had to go.
+void ExpertCache::ask() {
+  if (!looking || at_ < 0) return;
+  const bool last = at_ + 1 == static_cast<int>(layers_.size());
+  const double computing = looking->layer + (last ? looking->end : 0);
+  double most = begun + computing / (looking->each * static_cast<double>(bytes_));
+  for (const auto* all : {&ahead_, &wrong_}) {
+    for (const Guessed& one : *all) most -= !done(*one.batch);
   }
+  // what the waiting layer needs stays, and what rehearsed ones found
+  const auto found = std::count_if(expected_.begin(), expected_.end(), [](char at) { return at != 0; });
+  const double held = ahead_.size() + wrong_.size() + need_.size() + found;
+  const auto named = soonest(std::min(most, s_.slots - held));
+  const std::vector<int> own = freed(static_cast<int>(named.size()), at_, need_);
+  for (size_t i = 0; i < named.size(); ++i) {
+    const auto [layer, expert] = named[i];
+    ahead_.push_back({layer, expert, own[i], load(layer, &expert, &own[i], 1, 0)});
+  }
+}
+
+// Of the absent experts that were named and are not read yet the first ones, at most so many, which are
+// read now: (layer, expert).
+std::vector<std::pair<int, int>> ExpertCache::soonest(double most) {
+  std::vector<std::pair<int, int>> all;
+  const int count = static_cast<int>(layers_.size());
+  for (int i = 1; i <= count; ++i) {
+    const int layer = (at_ + i) % count;
+    for (Named& one : named_[layer]) {
+      const std::pair expert(layer, one.expert);
+      const bool trusted = one.next ? looking->next : looking->reads;
+      const bool absent = layers_[layer].slots[one.expert] < 0 && !coming(layer, one.expert);
+      const bool twice = std::find(all.begin(), all.end(), expert) != all.end();
+      if (one.read || !trusted || !absent || twice) continue;
+      if (all.size() + 1 > most) return all;
+      all.push_back(expert);
+      one.read = true;
+    }
+  }
+  return all;
+}
+
+bool ExpertCache::coming(int layer, int expert) const {
+  return std::any_of(ahead_.begin(), ahead_.end(), [&](const Guessed& one) {
+    return one.layer == layer && one.expert == expert;
+  });
 }
 
 // The layer asks for these absent ones: what was said of it before.

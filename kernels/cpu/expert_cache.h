@@ -151,6 +151,9 @@ class ExpertCache {
   void evict(int slot);
   std::shared_ptr<ReadBatch> load(
       int layer, const int* experts, const int* slots, size_t count, std::optional<double> guess);
+  void ask();
+  std::vector<std::pair<int, int>> soonest(double most);
+  bool coming(int layer, int expert) const;
   void score(int layer, const std::vector<int>& misses);
   std::vector<Guessed> joined(int layer, const std::vector<int>& misses);
   void reclaim(bool wait);
