@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 
 REHEARSALS = REHEARSAL, NEXT
-# times a layer's rehearsal that must be left of a wait for it to begin: reads come later for it, by
-# the copies that the same cores make, so that on a fast disk a short wait is better left alone
-PATIENCE = 2.0
 
 
 class Serving:
@@ -68,7 +65,7 @@ class Serving:
             cache.look(each=0.0)
         else:
             trusted = [sight.trusts(kind) for kind in REHEARSALS]
-            cache.look(run.pace.each, effort.layer, effort.end, PATIENCE, *trusted)
+            cache.look(run.pace.each, effort.layer, effort.end, *trusted)
         return cache
 
     def end(self, layer: int, rows: int, waited: float) -> None:

@@ -69,10 +69,10 @@ class Rehearsal {
   AtHand look(const Arrays& inputs, const std::vector<Arrival>& arrivals, ExpertCache& asked) {
     const size_t at = gave_.size(), last = turns_.size() - 1;
     AtHand there = turns_[at].op->at_hand(inputs, arrivals);
-    for (bool first = true;; first = false) {
+    for (;;) {
       const size_t turn = std::max(at, at_);
       if (turn >= last && !goes_round(turn, *asked.looking)) break;
-      if (!asked.idle(first, turn == last)) break;
+      if (!asked.idle(turn == last)) break;
       const auto began = std::chrono::steady_clock::now();
       const bool own = at_ <= at;
       if (own) at_ = at, inputs_ = inputs;

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "data.h"
+#include "pool.h"
 
 namespace streamer {
 namespace {
@@ -226,7 +227,7 @@ bool ExpertCache::landed() {
   return served_.failed == nullptr;
 }
 
-bool ExpertCache::idle(bool first, bool end) const {
+bool ExpertCache::idle(bool end) const {
   if (!looking) return false;
   double unread = 0; // bytes, some of which may have been guessed long ago
   for (const auto& batch : under_way_) {
@@ -237,8 +238,11 @@ bool ExpertCache::idle(bool first, bool end) const {
     }
   }
   const double left = std::min(asked_ * looking->each - (now() - since_), unread * looking->each);
-  const double takes = end ? looking->end : looking->layer;
-  return left > 0 && left > takes * (first ? looking->slack : 1);
+  // Where reading takes processors that rehearsing would have, as out of the page cache, what is
+  // rehearsed comes later, and so do the reads.
+  const double reading = reads_->processor() / looking->each;
+  const double share = std::min(1.0, (cores() - reading) / threads());
+  return left > 0 && left * share > (end ? looking->end : looking->layer);
 }
 
 void ExpertCache::rehearsed(double seconds) {

@@ -60,11 +60,10 @@ struct Guessed {
 };
 
 // Whether layers are rehearsed while one waits. each: seconds a byte of what is waited for; layer,
-// end: seconds of a layer's rehearsal and of a pass's end (0: not known); slack: how many times those
-// must be left of a wait for the first one; reads, next: whether what this pass's and the next one's
-// layers name is read.
+// end: seconds of a layer's rehearsal and of a pass's end (0: not known); reads, next: whether what
+// this pass's and the next one's layers name is read.
 struct Looking {
-  double each, layer, end, slack;
+  double each, layer, end;
   bool reads, next;
 };
 
@@ -115,9 +114,9 @@ class ExpertCache {
   // What the last call brought is there and used. False if a read failed.
   bool landed();
 
-  // Whether there is time to rehearse a layer while what was brought last is being read; first: the
-  // first of them; end: the last of a pass, with all that follows.
-  bool idle(bool first, bool end) const;
+  // Whether there is time to rehearse a layer while what was brought last is being read; end: the last
+  // of a pass, with all that follows.
+  bool idle(bool end) const;
   // A layer was rehearsed and chose ids [count]: their slots, -1 for absent ones, which are read
   // ahead if there is room. next: in the next pass, whose layer must have been brought in this one.
   void guess(int layer, const int32_t* ids, int count, bool next, int32_t* slots);

@@ -82,12 +82,11 @@ void bind_expert_cache(nb::module_& m) {
           "Until nothing of it is being read; guesses are dropped.")
       .def(
           "look",
-          [](ExpertCache& self, double each, double layer, double end, double slack, bool reads,
-             bool next) {
+          [](ExpertCache& self, double each, double layer, double end, bool reads, bool next) {
             self.looking.reset();
-            if (each > 0) self.looking = {each, layer, end, slack, reads, next};
+            if (each > 0) self.looking = {each, layer, end, reads, next};
           },
-          "each"_a, "layer"_a = 0.0, "end"_a = 0.0, "slack"_a = 1.0, "reads"_a = true, "next"_a = true,
+          "each"_a, "layer"_a = 0.0, "end"_a = 0.0, "reads"_a = true, "next"_a = true,
           "Whether layers are rehearsed while one waits, see expert_cache.h; not where each is 0.")
       .def(
           "take",

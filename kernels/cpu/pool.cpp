@@ -31,15 +31,6 @@ void relax() {
 #endif
 }
 
-int cores() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  int n = static_cast<int>(std::thread::hardware_concurrency());
-  return n > 0 ? n : 1;
-}
-
 int from_environment(const char* name, int otherwise) {
   const char* text = std::getenv(name);
   if (text == nullptr) return otherwise;
@@ -180,6 +171,15 @@ std::atomic<int>& count() {
 }
 
 } // namespace
+
+int cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  int n = static_cast<int>(std::thread::hardware_concurrency());
+  return n > 0 ? n : 1;
+}
 
 int threads() {
   return count().load(std::memory_order_relaxed);

@@ -6,6 +6,7 @@
 namespace streamer {
 
 int threads();
+int cores(); // that this process may run on
 
 // Sets how many threads share a loop, the caller among them (1 to 256).
 void set_threads(int count);

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,6 +24,12 @@ char discarded[16 << 10];           // what lies between two pieces; nobody read
 double now() {
   using namespace std::chrono;
   return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t processor_time() {
+  timespec spent;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+  return spent.tv_sec * int64_t(1'000'000'000) + spent.tv_nsec;
 }
 
 void sleep_until(double moment) {
@@ -250,6 +257,11 @@ std::vector<ReadLog> Reads::take_log() {
   return out;
 }
 
+double Reads::processor() const {
+  const size_t nbytes = bytes_read;
+  return nbytes ? 1e-9 * static_cast<double>(spent_) / static_cast<double>(nbytes) : 0;
+}
+
 void Reads::set_logging(bool on) {
   if (on && !logging) take_log();
   logging = on;
@@ -301,6 +313,7 @@ void Reads::work(Log& log) {
     }
     ReadBatch& batch = *job.batch;
     const ReadRun& run = batch.runs[job.run];
+    const int64_t spent = processor_time();
     double began = now();
     if (until > 0 && options_.latency > 0) sleep_until(job.asked + options_.latency);
     size_t asked = run.nbytes;
@@ -317,6 +330,7 @@ void Reads::work(Log& log) {
       if (state != reading_fine && batch.state == reading_fine) batch.state = state, batch.failed = job.run;
     }
     if (job.guess) work_.notify_one();
+    spent_ += processor_time() - spent;
     finish(batch, 1);
   }
 }

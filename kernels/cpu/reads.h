@@ -85,6 +85,7 @@ class Reads {
   void set_guess_bytes(size_t nbytes);
   // Of the reads that have ended, while logging; in order for each thread only.
   std::vector<ReadLog> take_log();
+  double processor() const;  // seconds of it that a byte has taken; 0 before the first
   void set_logging(bool on);  // from off to on: begins with none
 
   std::atomic<size_t> bytes_read{0}, reads{0}, guess_bytes;
@@ -120,6 +121,7 @@ class Reads {
   std::map<Key, std::shared_ptr<ReadBatch>> guesses_;
   std::vector<std::thread> threads_;
   std::deque<Log> logs_;  // by thread
+  std::atomic<int64_t> spent_{0};  // nanoseconds of their processor time
   size_t guessing_ = 0;
   uint64_t numbers_ = 0;
   double free_at_ = 0;
