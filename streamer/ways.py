@@ -9,16 +9,15 @@
 
 Plain numbers, no clock and no model: a test feeds it invented costs. Passes begin layer by layer,
 and where the extension serves them go on looking ahead, which costs next to nothing there; another
-way is tried for a few passes when what its trial can lose is a small share of the time gone by, and
-only where the numbers leave it something to gain. Passes differ by more than ways do: a trial ends
-early only where it is clearly slower, and the way that another took the place of is tried again
-soon, since it was measured before that.
+way is tried when what its trial can lose is a small share of the time gone by, and only where the
+numbers leave it something to gain. Passes differ by more than ways do, and texts and machines
+change: a trial's passes take turns with the best way's, until the means tell the two apart.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,17 +31,18 @@ DELAY = 0.7e-3  # seconds that they may hold up a demand
 FADING = 0.1  # weight of the newest sample
 FORGETTING = 1.01  # by which the best read becomes worse with each that is no better
 FIRST = 6  # passes before any trial
-TRIAL = 4  # passes of a trial; the first of them is not counted
-WINDOW = 16  # passes whose median is a way's cost
-ENOUGH = 12  # of them, with which a trial is over
-SLOWER = 1.05  # by which a way is slower that is left before
-HOPELESS = 1.6  # and at once
+TURN = 4  # passes by a way that is tried, and then by the best; the first of them is not counted
+SOME = 6  # counted passes of each with which a trial may be over, if it is sure
+ENOUGH = 24  # with which it is over
+SURE = 2.5  # standard errors between two means
+OUTLIER = 2.0  # medians: a pass that took longer counts as that
+HOPELESS = 1.6  # of the best: a pass after which a trial is over
 # share of time that trials may lose; guessing differs little from looking ahead
 PROBING: dict[Way, float] = dict.fromkeys(WAYS, 0.002) | {"guess": 0.0005}
-LEAST = 0.1  # what a trial is thought to lose of its time, at least
+LOST = 1.0  # passes: what a trial is thought to lose, at least
+UNTRIED = 0.5  # and before the first
 PAUSE = 4  # times what a pass takes: the most that one is taken for
 MARGIN = 1.01  # by which another way must be faster to be changed to
-FAVOUR = 1.03  # and by so much more where it would take the place of layer-wise; back, by less
 AGAIN = 100  # passes without rehearsing after which its costs are thought to be less
 FORGOTTEN = 0.8  # and by how much
 SLACK = 1.2  # times a layer's rehearsal: left of a wait in which one is begun
@@ -176,27 +176,27 @@ class Ways:
     def __init__(self, ways: tuple[Way, ...] = WAYS, eager: bool = True):
         """eager: what is not known yet is tried at once, and not when a trial's turn has come."""
         self._ways, self._eager = ways, eager
-        self._costs: dict[Way, deque[float]] = {w: deque(maxlen=WINDOW) for w in ways}
-        self._reading, self._seconds = Mean(), Mean()  # of a pass
+        self._seconds = Mean()  # of a pass
         self._waited = {w: Mean() for w in ways}  # share of a pass
         self._missing = Mean()
         self._best: Way = ways[0]
         self._easy = False  # passes are served, so that looking ahead costs next to nothing
         self._trial: Way | None = None
-        self._left = 0  # passes of the trial
-        self._back: tuple[Way, int] | None = None  # to be tried again, after so many passes
+        self._took: dict[Way, list[Seen]] = {}  # by it and by the best, in turns
+        self._turn, self._left = ways[0], 0  # whose it is, for so many passes
         self._last: Way | None = None
         self._passes = 0
         self._time = 0.0
+        self._lost: dict[Way, float] = {}  # by the last trial, in passes
         self._tried: dict[Way, float] = dict.fromkeys(ways, 0.0)  # when
 
     def choose(self) -> Way:
         """The way of the next pass."""
-        if self._left == 0 and self._trial is not None:
-            self._judge(self._trial)
-        if self._left == 0:
+        if self._trial is None:
             self._begin()
-        return self._best if self._trial is None else self._trial
+        elif self._left == 0:
+            self._go_on(self._trial)
+        return self._best if self._trial is None else self._turn
 
     def record(self, way: Way, seen: Seen) -> None:
         """A pass was run that way."""
@@ -210,77 +210,66 @@ class Ways:
                 self._best = "lookahead"
         self._time += seen.seconds
         self._seconds.add(seen.seconds)
-        self._reading.add(seen.reading)
-        seconds = seen.seconds - seen.reading + self._reading.value
-        if way == self._trial and seconds > HOPELESS * (self._cost(self._best) or seconds):
-            self._costs[way].extend((seconds, seconds))
-            self._left = 1
-        elif way == self._last:  # the first after a change finds the pool and caches of the other
-            self._costs[way].append(seconds)
-        self._last = way
         self._missing.add(seen.missing)
         self._waited[way].add(seen.waited / max(1e-9, seen.seconds))
-        if self._left and way == self._trial:
-            self._left -= 1
-            self._tried[way] = self._time
-
-    def _cost(self, way: Way) -> float | None:
-        """Seconds of a pass, None while unknown."""
-        found = self._costs[way]
-        return statistics.median(found) if len(found) > 1 else None
-
-    def _judge(self, way: Way) -> None:
-        """So many passes of a trial are over: whether it goes on, and if not, what came of it."""
-        best, cost = self._cost(self._best), self._cost(way)
-        if best is None or cost is None:  # its passes were run another way
-            self._trial = None
+        # the first after a change finds the pool and caches of the other
+        counts, self._last = way == self._last, way
+        if self._trial is None:
             return
-        if len(self._costs[way]) < ENOUGH and cost < SLOWER * best:
-            self._left = TRIAL - 1
-            return
-        again = self._back is not None and self._back[0] == way
-        if best > self._margin(way) * cost:
-            if self._back is None:
-                self._back = self._best, self._passes + WINDOW
-            self._best = way
-        if again:
-            self._back = None
-        self._trial = None
-
-    def _margin(self, way: Way) -> float:
-        """How much faster the way must be than the best.
-
-        Medians of a few passes differ by hundredths, and one that looks faster by chance stays.
-        """
-        if self._best == "layerwise" and not self._easy:
-            return MARGIN * FAVOUR
-        return MARGIN / FAVOUR if way == "layerwise" else MARGIN
+        self._left = max(0, self._left - 1)
+        self._tried[self._trial] = self._time
+        longest = max((one.seconds for one in self._took[self._best]), default=0.0)
+        if way == self._trial and seen.seconds > HOPELESS * longest > 0:
+            self._over(seen.seconds / longest)
+        elif way == self._turn and counts:
+            self._took[way].append(seen)
 
     def _begin(self) -> None:
         """A trial, if it is time for one."""
         others = [w for w in self._ways if w != self._best and self.hopeful(w)]
         if self._passes < FIRST or not others:
             return
-        if (best := self._cost(self._best)) is None:
-            return
-        unknown = [w for w in others if self._cost(w) is None]
+        unknown = [w for w in others if w not in self._lost]
         if unknown and self._eager:
             self._try(unknown[0])
             return
-        if self._back is not None:
-            if self._passes >= self._back[1]:
-                self._try(self._back[0])
-            return
         for way in others:
-            cost = self._cost(way) or best
-            lost = TRIAL * self._seconds.value * max(LEAST, cost / best - 1)
+            lost = self._seconds.value * self._lost.get(way, UNTRIED)
             if PROBING[way] * (self._time - self._tried[way]) > lost:
                 self._try(way)
                 return
 
     def _try(self, way: Way) -> None:
-        self._trial, self._left = way, TRIAL
-        self._costs[way].clear()  # of another time
+        self._trial, self._took = way, {way: [], self._best: []}
+        self._turn, self._left = self._best, TURN
+
+    def _go_on(self, way: Way) -> None:
+        """A turn is over: the other's, or what came of both."""
+        took, best = self._took[way], self._took[self._best]
+        if self._turn == self._best:
+            self._turn, self._left = way, TURN
+            return
+        if not took or not best:  # passes were run another way
+            self._over(1.0)
+            return
+        reading = statistics.fmean(one.reading for one in (*took, *best))
+        cost, error = _cost(took, reading)
+        least, errors = _cost(best, reading)
+        of_best = cost / least
+        sure = abs(of_best - 1 / MARGIN) > SURE * math.hypot(error, errors)
+        if len(took) >= ENOUGH or (sure and len(took) >= SOME):
+            self._over(of_best)
+        else:
+            self._turn, self._left = self._best, TURN
+
+    def _over(self, of_best: float) -> None:
+        """A pass of the trial's way takes this much of one of the best's."""
+        way, self._trial = self._trial, None
+        assert way is not None
+        passes = max(1, len(self._took[way]))
+        if of_best * MARGIN < 1:
+            way, self._best, of_best = self._best, way, 1 / of_best
+        self._lost[way] = max(LOST, passes * (of_best - 1))
 
     def hopeful(self, way: Way) -> bool:
         """Whether there is anything to gain.
@@ -294,3 +283,13 @@ class Ways:
         if way == "rehearse":
             return self._missing.value < RARE
         return True
+
+
+def _cost(passes: list[Seen], reading: float) -> tuple[float, float]:
+    """Seconds of a pass that reads for so long; by which share they may be off, as a deviation."""
+    found = [max(0.0, one.seconds - one.reading + reading) for one in passes]
+    most = OUTLIER * statistics.median(found)
+    found = [min(one, most) for one in found]
+    mean = max(1e-12, statistics.fmean(found))
+    error = statistics.stdev(found) / math.sqrt(len(found)) / mean if len(found) > 1 else 1.0
+    return mean, error

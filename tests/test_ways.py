@@ -53,7 +53,7 @@ def test_served_passes_begin_by_looking_ahead_and_leave_it_where_it_loses() -> N
     for ahead in (0.8e-2, 1e-2, 1.2e-2):
         chosen = took(ahead)
         assert chosen[1] == "lookahead" and set(chosen) == {"layerwise", "lookahead"}
-        better = "lookahead" if ahead < 1e-2 else "layerwise"
+        better = "layerwise" if ahead > 1e-2 else "lookahead"
         assert chosen[50:].count(better) > 0.9 * 450
 
 
@@ -77,7 +77,7 @@ def test_pauses_between_generations_are_no_reason_for_trials() -> None:
 
 def test_equal_ways_are_not_alternated() -> None:
     chosen = run(Ways(), 600, lambda _: Seen(1.0, 0.3, 6))
-    assert sum(a != b for a, b in pairwise(chosen)) < 12
+    assert sum(a != b for a, b in pairwise(chosen)) <= 12  # three trials, two turns each
 
 
 def test_a_short_reply_is_not_spent_on_trials() -> None:
