@@ -133,13 +133,13 @@ class Fetching:
         These are read ahead, if what is fetched and what else was named leaves room.
         """
         call, run = self._call, self._run
-        assert call is not None
+        keep = call and (call.layer, call.need)  # not in the pool of the layer that waits: None
         try:
             table, need = run.pool.slot_of[layer], sorted(set(ids.reshape(-1).tolist()))
             hits, absent = [e for e in need if table[e] >= 0], [e for e in need if table[e] < 0]
             run.counters.rehearsals += 1
             assert run.foresight is not None
-            run.foresight.rehearse(layer, (hits, absent), layer + 1, (call.layer, call.need))
+            run.foresight.rehearse(layer, (hits, absent), layer + 1, keep)
             return table[ids]
         except BaseException:
             run.abandon()

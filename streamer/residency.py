@@ -57,7 +57,7 @@ class Residency:
         self.numbers: Sequence[int] = range(len(self.layers))  # of the layers, in the model
         self.pace = Pace()
         self.foresight: Foresight | None = None  # where something guesses
-        self.holder: Any = None  # of slots between passes: the extension's guesses about the next
+        self.holder: Any = None  # the extension's cache: between passes its guesses hold slots
         self.expert_bytes = stored_bytes(layers[0].format)
         self.wave = max(1, -(-WAVE_BYTES // self.expert_bytes))  # experts waited for together
         self.store = store
@@ -248,7 +248,9 @@ class Residency:
         """
         self.regain()
         self.settle()
-        new = [e for e in experts if not self.ahead.reads(layer, e)][: max(0, room)]
+        table = self.pool.slot_of[layer]
+        new = [e for e in experts if table[e] < 0 and not self.ahead.reads(layer, e)]
+        del new[max(0, room) :]
         taken = iter(self.pool.take(len(new), keep))
         for wave in self._waves(new):
             slots = list(itertools.islice(taken, len(wave)))
