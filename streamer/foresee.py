@@ -50,6 +50,13 @@ class _Likely:
         self.count += 1
         self.share += (right - self.share) * max(SLOWEST, 1 / self.count)
 
+    def add_all(self, right: int, count: int) -> None:
+        """So many at once, in no order."""
+        if count:
+            self.count += count
+            weight = max(1 - (1 - SLOWEST) ** count, count / self.count)
+            self.share += (right / count - self.share) * weight
+
 
 class Foresight:
     """The guesses about one pool's layers."""
@@ -168,9 +175,7 @@ class Foresight:
         tally.right += right
         tally.read += read
         tally.used += used
-        likely = self._likely[rehearsal][_bucket(REHEARSED)]
-        for i in range(named):
-            likely.add(i < right)
+        self._likely[rehearsal][_bucket(REHEARSED)].add_all(right, named)
 
     def _least(self) -> float:
         return max(LEAST, self.busy.value - LEEWAY)

@@ -17,7 +17,7 @@ from test_rehearse import passes, same
 from streamer import run as command
 from streamer.counters import Tally
 from streamer.errors import StreamerError, UsageError
-from streamer.foresee import SHARE, Foresight
+from streamer.foresee import SHARE, Foresight, _Likely
 from streamer.guess import MEMORY, SOURCES, Frequency, Guess, Moment, Previous, Router, Token
 from streamer.loading import expert_count, load_streamed
 from streamer.lrfu import Lrfu
@@ -240,3 +240,11 @@ def test_the_command_line_tells_of_each_source(
     assert found["router"]["named"] > 0 and 0 < found["router"]["recall"] <= 1
     assert found["demands"]["calls"] > 0
     assert not {"token", "router"} & set(told[0][1]["prefetch"])
+
+
+@pytest.mark.parametrize("named", [1, 10, 200])
+def test_what_many_guesses_came_to_is_learnt_without_their_order(named: int) -> None:
+    likely = _Likely(0.5)
+    for _ in range(400):
+        likely.add_all(round(0.7 * named) if named > 1 else 1, named)
+    assert likely.share == pytest.approx(0.7 if named > 1 else 1.0, abs=0.02)
