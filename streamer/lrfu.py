@@ -50,8 +50,12 @@ class Lrfu(SlotPool):
 
     @property
     def plain(self) -> bool:
-        """Nothing is expected or unused: the order is that of heat and turns alone."""
-        return not (self._unused or self._expected)
+        """Nothing is expected: but for what is unused the order is that of heat and turns."""
+        return not self._expected
+
+    def even(self) -> None:
+        """What is unused goes by heat and turns as well."""
+        self._unused.clear()
 
     def arrays(self) -> dict[str, Any]:
         """What `kernels.native.ExpertCache` evicts by: these very arrays, and constants."""

@@ -44,6 +44,7 @@ class Serving:
         Until `end` or `lost` nothing else may be asked of the executor.
         """
         run, pool = self._run, self._run.pool
+        run.ahead.reclaim()
         if self._off or run.ahead.held or run.fresh:
             return None
         if run.foresight is not None and run.foresight.listens:
@@ -58,7 +59,8 @@ class Serving:
             self._made = pool, made
         run.settle()
         run.moved()
-        cache, run.holder = self._made[1], None
+        pool.even()
+        cache = self._made[1]
         cache.watched = run.watch is not None
         effort, sight = run.fetching.effort, run.foresight
         if effort is None or sight is None:
@@ -77,7 +79,7 @@ class Serving:
         assert self._made is not None
         pool, cache = self._made
         hits, misses, waits, demands, told, failed, rehearsals, end, guesses = cache.take()
-        run.holder = cache if cache.holds else None
+        run.holder = cache
         counters = run.counters
         counters.hits += hits
         counters.misses += misses

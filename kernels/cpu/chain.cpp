@@ -72,6 +72,7 @@ class Rehearsal {
     for (;;) {
       const size_t turn = std::max(at, at_);
       if (turn >= last && !goes_round(turn, *asked.looking)) break;
+      if (turn <= last && !turns_[turn].op->in_place(turns_[turn].call)) break;
       if (!asked.idle(turn == last)) break;
       const auto began = std::chrono::steady_clock::now();
       const bool own = at_ <= at;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <iterator>
-#include <tuple>
 
 #include "data.h"
 #include "pool.h"
@@ -63,71 +62,6 @@ ExpertCache::~ExpertCache() {
   wait();
 }
 
-void ExpertCache::chose(int layer, const int32_t* ids, int rows, int k) {
-  const int E = layers_[layer].experts, count = rows * k;
-  double* heat = s_.heat + first_[layer];
-  int64_t* uses = s_.uses + first_[layer];
-  for (int i = 0; i < count; ++i) ++uses[ids[i]];
-  for (int e = 0; e < E; ++e) heat[e] *= rules_.ages[rows];
-  if (rows == 1) {
-    for (int i = 0; i < k; ++i) heat[ids[i]] += 1;
-    return;
-  }
-  rows_.assign(E, 0);
-  for (int i = 0; i < count; ++i) rows_[ids[i]] += rules_.ages[rows - 1 - i / k];
-  for (int e = 0; e < E; ++e) heat[e] += rows_[e];
-}
-
-void ExpertCache::place(int layer, int expert, int slot) {
-  layers_[layer].slots[expert] = slot;
-  ++s_.resident[layer];
-  s_.held[slot] = first_[layer] + expert;
-}
-
-void ExpertCache::evict(int slot) {
-  const int expert = static_cast<int>(s_.held[slot]), layer = layer_of_[expert];
-  expected_[expert] = 0;
-  layers_[layer].slots[expert - first_[layer]] = -1;
-  --s_.resident[layer];
-  s_.held[slot] = -1;
-  s_.spare[s_.spares[0]++] = slot;
-}
-
-std::vector<int> ExpertCache::freed(int count, int layer, const std::vector<int>& keep) {
-  const int wanted = count - static_cast<int>(s_.spares[0]);
-  if (wanted > 0) {
-    struct Victim {
-      bool expected; // the last to go
-      double soon; // less is later
-      int slot;
-      bool operator<(const Victim& other) const {
-        return std::tie(expected, soon, slot) < std::tie(other.expected, other.soon, other.slot);
-      }
-    };
-    std::vector<Victim> all;
-    const double* turns = s_.turns + layer * layers_.size();
-    for (int slot = 0; slot < s_.slots; ++slot) {
-      const int64_t expert = s_.held[slot];
-      if (expert < 0) continue;
-      const double share = std::max(s_.heat[expert] * rules_.share, rules_.never);
-      all.push_back({expected_[expert] != 0, -1 / share - turns[layer_of_[expert]], slot});
-    }
-    const size_t most = std::min(all.size(), wanted + keep.size());
-    std::partial_sort(all.begin(), all.begin() + most, all.end());
-    int left = wanted;
-    for (size_t i = 0; i < most && left; ++i) {
-      const int expert = static_cast<int>(s_.held[all[i].slot]);
-      if (layer_of_[expert] == layer && has(keep, expert - first_[layer])) continue;
-      evict(all[i].slot);
-      --left;
-    }
-    check(!left, "cache: more is asked of the pool than it has slots");
-  }
-  std::vector<int> slots;
-  for (int i = 0; i < count; ++i) slots.push_back(s_.spare[--s_.spares[0]]);
-  return slots;
-}
-
 std::shared_ptr<ReadBatch> ExpertCache::load(
     int layer, const int* experts, const int* slots, size_t count, std::optional<double> guess) {
   const CachedLayer& at = layers_[layer];
@@ -159,13 +93,13 @@ bool ExpertCache::bring(
   need_ = need;
   early_ = false;
   chose(layer, ids, rows, k);
+  std::fill_n(expected_.begin() + first_[layer], at.experts, 0);
   if (!ahead_.empty() || !wrong_.empty()) {
     const size_t held = ahead_.size() + wrong_.size();
     need.size() + held <= static_cast<size_t>(s_.slots) ? reclaim(false) : drop();
   }
   std::vector<int> misses, late;
   for (int expert : need) {
-    expected_[first_[layer] + expert] = 0;
     if (at.slots[expert] < 0) misses.push_back(expert);
   }
   served_.hits += static_cast<int64_t>(need.size() - misses.size());
@@ -260,15 +194,15 @@ void ExpertCache::guess(int layer, const int32_t* ids, int count, bool next, int
   std::fill_n(slots, count, -1);
   const std::vector<int> chosen = distinct(ids, count);
   if (chosen.front() < 0 || chosen.back() >= at.experts) return; // of what is no number
-  for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
   for (int expert : chosen) {
     if (at.slots[expert] >= 0) {
-      expected_[first_[layer] + expert] = next ? 2 : 1;
+      expected_[first_[layer] + expert] = 1;
     } else if (!coming(layer, expert)) { // guessed in the pass before
       named_[layer].push_back({expert, false, next});
     }
   }
   ask();
+  for (int i = 0; i < count; ++i) slots[i] = at.slots[ids[i]];
 }
 
 // Reads absent experts that were named, no more than the disk can begin with before a layer asks again:
@@ -282,7 +216,7 @@ void ExpertCache::ask() {
     for (const Guessed& one : *all) most -= !done(*one.batch);
   }
   // what the waiting layer needs stays, and what rehearsed ones found
-  const auto found = std::count_if(expected_.begin(), expected_.end(), [](char at) { return at != 0; });
+  const auto found = std::count_if(expected_.begin(), expected_.end(), [](char one) { return one != 0; });
   const double held = ahead_.size() + wrong_.size() + need_.size() + found;
   const auto named = soonest(std::min(most, s_.slots - held));
   const std::vector<int> own = freed(static_cast<int>(named.size()), at_, need_);
@@ -389,7 +323,6 @@ void ExpertCache::wait() {
 
 Served ExpertCache::take() {
   reclaim(false);
-  for (char& state : expected_) state = state == 2;
   need_.clear();
   at_ = -1;
   Served out;

@@ -127,9 +127,6 @@ class ExpertCache {
   void wait();
   // The pass is over: what came of it. Guesses about the next one hold their slots.
   Served take();
-  bool holds() const {
-    return !ahead_.empty() || !wrong_.empty();
-  }
 
   bool watched = false; // whether choices are kept
   std::optional<Looking> looking;
@@ -172,7 +169,7 @@ class ExpertCache {
   int at_ = -1; // the layer that was brought last
   std::vector<int> need_; // and its experts
   std::vector<Guessed> ahead_, wrong_; // wrong: not needed, their slots not yet free
-  std::vector<char> expected_; // of all experts: a rehearsed layer chose it; 2: the next pass's
+  std::vector<char> expected_; // of all experts: its layer was rehearsed and chose it
   std::vector<std::vector<Named>> named_; // by layer
   Served served_;
 };

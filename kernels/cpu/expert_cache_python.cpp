@@ -117,6 +117,5 @@ void bind_expert_cache(nb::module_& m) {
           "last: hits, misses, layers that missed; (bytes, seconds, whether beside guesses) of what each of those waited for; while "
           "watched (layer, k, ids, missed) of each choice, ids as int32; a ticket that failed; seconds "
           "of each layer rehearsed, and of the pass's end; experts that were named, right, read and used, "
-          "of this pass's layers and of the next one's.")
-      .def_prop_ro("holds", &ExpertCache::holds, "Whether guesses hold slots of the pool.");
+          "of this pass's layers and of the next one's.");
 }

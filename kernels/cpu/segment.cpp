@@ -48,6 +48,16 @@ bool SegmentOp::Impl::has_room(const Arrays& states, int offset, int rows) const
   return true;
 }
 
+bool SegmentOp::Impl::in_place(const std::vector<bool>& fresh) const {
+  size_t at = 0;
+  for (const Block& block : s_.blocks) {
+    if (block.kind == Block::Kind::plain) continue;
+    if (block.kind == Block::Kind::cache && !fresh[at]) return false;
+    at += 2;
+  }
+  return true;
+}
+
 Made SegmentOp::Impl::made(
     const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const {
   const auto& [inputs, states, offset, fresh, taped] = call;

@@ -47,6 +47,8 @@ class SegmentOp {
   bool ends() const; // it gives logits
   // Whether the caches among these states have room for rows more behind `offset` tokens.
   bool has_room(const std::vector<mx::array>& states, int offset, int rows) const;
+  // Whether this call's caches are written where they lie, not copied as a whole.
+  bool in_place(const Call& call) const;
 
   // inputs: those of an entry, else x [B, T, D]; with chosen experts then those of a router's
   // outputs, slots in place of ids. Gives logits [B, T, V] with a head, and if hidden x and norm(x),

@@ -31,6 +31,7 @@ class SegmentOp::Impl {
     return s_.head.has_value();
   }
   bool has_room(const Arrays& states, int offset, int rows) const;
+  bool in_place(const std::vector<bool>& fresh) const;
   // Checks what is given and says what comes of it.
   Made made(const SegmentOp::Call& call, const std::vector<Arrival>& arrivals) const;
   void run(

@@ -81,6 +81,9 @@ bool SegmentOp::ends() const {
   return impl_->ends();
 }
 
+bool SegmentOp::in_place(const Call& call) const {
+  return impl_->in_place(call.fresh);
+}
 bool SegmentOp::has_room(const Arrays& states, int offset, int rows) const {
   return impl_->has_room(states, offset, rows);
 }
