@@ -69,6 +69,7 @@ def generate(
     on_prompt: Callable[[int, int], None] = lambda done, total: None,
     speculation: Speculation | None = None,
     seeded: bool = True,
+    before: Sequence[int] = (),
 ) -> Generator[Step]:
     """Yield up to `max_tokens` tokens after `tokens`; the one in `stop` is the last.
 
@@ -76,14 +77,16 @@ def generate(
     `timing.cached` says how far. on_prompt(done, total) is called in prefill.
     speculation: drafts with the MTP head; greedy tokens stay the same and sampled ones
     keep their distribution. seeded: sampled ones stay the same too, at some cost in
-    acceptance. Raises BudgetError when the process cannot stay within its budget.
+    acceptance. before: those that the cache holds, which processors are given too. Raises
+    BudgetError when the process cannot stay within its budget.
     """
     timing = timing if timing is not None else Timing()
     streamer: Streamer = model.streamer
     sampler = faster(sampler)
     began = time.perf_counter()
     prefill(model, tokens, cache, timing, on_prompt, speculation)
-    run = _Run(model, cache, sampler, processors, tokens[:-1], timing, speculation)
+    history = [*before, *tokens[:-1]]
+    run = _Run(model, cache, sampler, processors, history, timing, speculation)
     rule = rule_for(sampler, seeded=seeded)
     pass_began = time.perf_counter()
     queued: _Passed | None = run.one(mx.array(list(tokens[-1:])))

@@ -222,6 +222,7 @@ class Session:
             on_prompt=on_prompt,
             speculation=self.speculation,
             seeded=args.seed is not None,
+            before=tokens[:keep],
         )
         with contextlib.closing(steps):  # takes drafts back that were not asked for any more
             for step in steps:

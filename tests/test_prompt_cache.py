@@ -72,6 +72,17 @@ def test_a_prefix_is_read_once(model: Path, bits: str, tmp_path: Path) -> None:
         assert out == want and got == reply(session_for(model, *options), third)
 
 
+def test_a_penalty_is_for_the_prefix_too(tmp_path: Path) -> None:
+    options = ("--context", "900", "--repetition-penalty", "1.8")
+    fresh = session_for(DEMO, *options)
+    tokens = fresh.tokenizer.encode(TEXT)
+    answer = reply(fresh, tokens)
+    options = (*options, "--prompt-cache", str(tmp_path / "p"))
+    assert reply(session_for(DEMO, *options), tokens) == answer
+    again = session_for(DEMO, *options)
+    assert reply(again, tokens) == answer and again.reused == len(tokens) - 1
+
+
 def test_coded_prefixes_are_as_they_were_in_memory(model: Path, tmp_path: Path) -> None:
     options = ("--context", "600", "--kv-bits", "2.5")
     whole = session_for(model, *options, "--chat", "--prompt-cache", str(tmp_path / "p"))

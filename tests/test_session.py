@@ -34,6 +34,16 @@ def test_a_turn_reads_only_what_is_new() -> None:
     assert session.timing.prompt_tokens < fresh.timing.prompt_tokens == len(second)
 
 
+@pytest.mark.parametrize("mtp", ["off", "4"])
+def test_a_penalty_is_for_what_is_cached_too(mtp: str) -> None:
+    options = ("--repetition-penalty", "1.5", "--mtp", mtp)
+    session, fresh = session_for(*options), session_for(*options)
+    tokens = session.tokenizer.encode("import os\n\ndef main(")
+    tokens += reply(session, tokens) + session.tokenizer.encode("\nx")
+    assert reply(session, tokens) == reply(fresh, tokens)
+    assert session.timing.prompt_tokens < 10
+
+
 @pytest.mark.parametrize("mtp", ["1", "4", "auto"])
 def test_turns_after_rejected_drafts(mtp: str) -> None:
     session, plain = session_for("--mtp", mtp), session_for("--mtp", "off")
