@@ -48,7 +48,7 @@ class Shared:
     def begin(self) -> None:
         """A step starts at the generator's current state."""
         if self._noise:
-            self._start = _as_seed(_state())
+            self._start = as_seed(random_state())
 
     def draft(self, logprobs: mx.array) -> mx.array:
         """[1, V] of the next position -> the draft there [1]."""
@@ -65,7 +65,7 @@ class Shared:
         for row in rows:
             chosen.append(self._sampler(row))
             if self._noise:
-                self._states.append(_state())
+                self._states.append(random_state())
         tokens = mx.concatenate(chosen).astype(drafts.dtype)
         return _leading(tokens[:-1] == drafts), tokens
 
@@ -77,7 +77,7 @@ class Shared:
     def end(self, emitted: int) -> None:
         """`emitted` tokens came of the step: go on where plain decoding would be."""
         if self._noise:
-            mx.random.seed(_as_seed(self._states[emitted - 1]) if emitted else self._start)
+            mx.random.seed(as_seed(self._states[emitted - 1]) if emitted else self._start)
 
 
 class Residual:
@@ -235,12 +235,12 @@ def _leading(stand: mx.array) -> mx.array:
     return mx.cumprod(stand.astype(mx.int32), axis=-1).sum(axis=-1)
 
 
-def _state() -> mx.array:
+def random_state() -> mx.array:
     """Of MLX's generator: two words of 32 bits, lazy."""
     return mx.random.state[0]  # type: ignore[index]
 
 
-def _as_seed(state: mx.array) -> int:
+def as_seed(state: mx.array) -> int:
     """The seed that puts MLX's generator into `state`."""
     high, low = np.array(state).tolist()
     return high << 32 | low

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import greedy_sampler
 
 from kernels.sampling import NumpySampler, Sampler, faster
-from mtp.verify import rule_for
+from mtp.verify import as_seed, random_state, rule_for
 
 from .loading import Streamer
 from .speculate import Block, Processor, Speculation
@@ -108,6 +108,7 @@ def generate(
             following = _depth(speculation, left)
             # with no read-back inside a pass, the next is queued before this token is looked at
             ahead = streamer.resident and left and not following and not run.waits(passed)
+            state = random_state()
             queued = run.one(passed.token) if ahead else None
             chosen, rows = [int(passed.token.item())], [passed.logprobs]  # type: ignore[arg-type]
         now = time.perf_counter()
@@ -119,7 +120,7 @@ def generate(
         elif speculation:
             stood = block.accepted if block else 0
             speculation.record(len(block.rows) - 1 if block else 0, stood, now - step_began)
-        given = 0
+        given, ended = 0, True
         try:
             for given, (token, logprobs) in enumerate(zip(chosen, rows, strict=False), 1):
                 n += 1
@@ -130,9 +131,12 @@ def generate(
                 yield Step(token, logprobs[0], block is not None and given <= block.accepted)
                 if token in stop or n == max_tokens:
                     return
+            ended = False
         finally:
             if block and given < len(chosen):
                 run.keep(block, max(1, given), final=True)
+            if ended and queued and not rule.greedy:  # what it drew is taken back
+                mx.random.seed(as_seed(state))
         if n // 16 > checked:
             checked = n // 16
             streamer.check()

@@ -174,5 +174,23 @@ def test_seeds_are_respected(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample("1", "--mtp", "3") == sample("1", "--mtp", "off")
 
 
+def test_seeds_are_respected_in_turns_that_end_early() -> None:
+    """What is resident and what drafts change no later turn, though passes are queued ahead."""
+
+    def turns(memory: str, mtp: str, end: int | None = None) -> list[list[int]]:
+        options = ("--memory", memory, "--temp", "0.9", "--seed", "5", "--mtp", mtp)
+        session = session_for(*options)
+        if end is not None:
+            session.tokenizer.eos_token_ids = {end}
+        texts = map(session.tokenizer.encode, ("import os\n\ndef main(", "class A:\n    "))
+        return [reply(session, text) for text in texts]
+
+    end = turns("50%", "off")[0][7]
+    expected = turns("50%", "off", end)
+    assert len(expected[0]) <= 8
+    for memory, mtp in (("100%", "off"), ("50%", "3"), ("100%", "3")):
+        assert turns(memory, mtp, end) == expected
+
+
 def test_timing_of_nothing() -> None:
     assert Timing().decode_rate == 0.0
