@@ -72,7 +72,8 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     p.add_argument(
         "--context",
         type=number(1, 1 << 30, int),
-        help="tokens to plan the KV cache for; the prompt and --max-tokens when left out",
+        help="tokens to plan the KV cache for, where a reply ends too; the prompt and --max-tokens "
+        "when left out",
     )
     p.add_argument("--temp", type=number(0), default=0.0, help="0, when left out, is greedy")
     p.add_argument("--top-p", type=number(0, 1), default=1.0, help="0 or 1 is all")

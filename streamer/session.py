@@ -154,7 +154,7 @@ class Session:
         self.streamer: Streamer = model.streamer
         self.timing = Timing()
         self.tokens: list[int] = []
-        self.interrupted = False
+        self.interrupted = self.full = False
         self.speculation = _speculation(model, args)
         self.drafts = self.speculation.counters if self.speculation else Counters()
         self._args, self._why, self._about_head = args, why, about_head
@@ -203,7 +203,8 @@ class Session:
         until = self._save_at(tokens)
         keep = self.reused = self._reusable(tokens)
         args = self._args
-        self.timing, self.tokens, self.interrupted = Timing(), [], False
+        self.timing, self.tokens, self.interrupted, self.full = Timing(), [], False, False
+        room = self.streamer.budget.context - len(tokens)
         self._cached = []  # what it holds is not known while the prompt is read
         if keep < until:
             self._read(tokens, keep, until, on_prompt)
@@ -214,7 +215,7 @@ class Session:
             self.model,
             tokens[keep:],
             self._cache,
-            max_tokens=args.max_tokens,
+            max_tokens=min(args.max_tokens, room),
             sampler=make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
             processors=_processors(args.repetition_penalty),
             stop=stop,
@@ -230,6 +231,7 @@ class Session:
                 self._cached = (tokens + self.tokens)[: keep + self.timing.cached]
                 if step.token in stop:
                     break
+                self.full = len(self.tokens) == room < args.max_tokens
                 detokenizer.add_token(step.token)
                 yield detokenizer.last_segment
         detokenizer.finalize()
@@ -312,7 +314,8 @@ class Session:
         parts.append(f"{stats['bytes_read'] / 1e9:.2f} GB read")
         peak = peak_footprint()
         parts.append(f"peak {format_size(peak)} of {format_size(s.budget.limit)}")
-        return ("interrupted: " if self.interrupted else "") + ", ".join(parts)
+        why = f"ended by --context {s.budget.context}: " if self.full else ""
+        return ("interrupted: " if self.interrupted else why) + ", ".join(parts)
 
     def stats(self) -> dict[str, Any]:
         """The `--stats` document."""

@@ -140,6 +140,27 @@ def test_a_prompt_from_stdin(tmp_path: Path) -> None:
     assert "\x1b" not in piped.stdout + piped.stderr  # no bars when it is not a terminal
 
 
+@pytest.mark.parametrize("mtp", ["off", "4"])
+def test_a_reply_ends_where_the_context_is_full(
+    mtp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "s.json"
+    argv = ["--memory", "50%", "--prompt", "def main(", "--mtp", mtp, "--stats", str(stats)]
+
+    def told(*options: str) -> tuple[int, str, list[int]]:
+        assert run.main([*argv, *options]) == 0
+        got = json.loads(stats.read_text())
+        return got["prompt_tokens"], capsys.readouterr().err, got["tokens"]
+
+    prompt, err, tokens = told("--max-tokens", "20")
+    assert "ended by" not in err
+    for room in (1, 9, 19, 20):
+        context = str(prompt + room)
+        _, err, cut = told("--max-tokens", "20", "--context", context)
+        assert cut == tokens[:room]
+        assert (f"\nended by --context {context}: " in err) == (room < 20)
+
+
 def test_interrupting_ends_the_text_cleanly(tmp_path: Path) -> None:
     stats = tmp_path / "s.json"
     command = [sys.executable, "-m", "streamer.run", "--memory", "50%", "--prompt", "def "]
