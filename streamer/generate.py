@@ -25,6 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mtp.depth import DEEPEST
+
 from .engine import Sampler, Timing, generate
 from .errors import UsageError
 from .speculate import Processor, Speculation, why_not
@@ -45,9 +47,14 @@ def stream_generate(
     """Yield what mlx_lm.stream_generate yields; `from_draft` tells drafted tokens.
 
     model: from `streamer.load(..., mtp=True)`. prompt_cache: updated in place; it holds
-    the tokens before `prompt`. mtp: how many tokens each step drafts, 0 for none; None
-    to choose as it runs. Raises UsageError for a prompt without tokens.
+    the tokens before `prompt`. max_tokens: -1 for no limit. mtp: how many tokens each
+    step drafts, 0 for none, 8 at most; None to choose as it runs. Raises UsageError for a
+    prompt without tokens and for other numbers than these.
     """
+    if max_tokens == 0:
+        raise UsageError("max_tokens is 0; -1 is no limit")
+    if mtp is not None and not 0 <= mtp <= DEEPEST:
+        raise UsageError(f"mtp is {mtp}, not 0 to {DEEPEST}")
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     tokens = _tokens(tokenizer, prompt)

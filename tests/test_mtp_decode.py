@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 import kernels.sampling
 from streamer import load, run, stream_generate
 from streamer.engine import Timing, generate
+from streamer.errors import UsageError
 from streamer.loading import expert_count, load_streamed
 from streamer.run import DEMO
 from streamer.speculate import Speculation, why_not
@@ -297,6 +298,14 @@ def test_streaming_as_mlx_lm_does(tmp_path: Path) -> None:
             assert "".join(r.text for r in got) == "".join(r.text for r in expected)
             assert got[-1].finish_reason == expected[-1].finish_reason
             assert got[-1].generation_tokens == expected[-1].generation_tokens
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"mtp": 9}, {"mtp": -1}])
+def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
+    model, tokenizer = load(DEMO, memory="50%", context=128, mtp=True)
+    with pytest.raises(UsageError, match=f"is {next(iter(wrong.values()))}"):
+        next(stream_generate(model, tokenizer, "def ", **wrong))
+    assert model.streamer.counters.misses == 0, "nothing was read"
 
 
 def test_mlx_lms_own_generation_still_works(tmp_path: Path) -> None:
