@@ -1,8 +1,8 @@
 """`--prompt-cache FILE`: a prefix kept between runs, so that it is not read again.
 
 `run` keeps the prompt and `--chat` the conversation, turn by turn. Caches that can be cut back
-serve every prompt that begins alike. Recurrent states and full windows cannot: there the file
-serves prompts that begin with all of it, and is kept for them; a prompt that shares at least
+serve every prompt that begins alike. Recurrent states, full windows and chunks cannot: there the
+file serves prompts that begin with all of it, and is kept for them; a prompt that shares at least
 half with it makes it the file of what they share.
 
 The MTP head's cache is kept with it and used where the head is the same; otherwise the head

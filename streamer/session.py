@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    ChunkedKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -243,7 +248,7 @@ class Session:
         if kept is None or self._args.chat:  # a chat is saved after each turn
             return 0
         most, same = len(tokens) - 1, shared(kept.tokens, tokens[:-1])
-        if not kept.tokens or can_trim_prompt_cache(self._cache):
+        if not kept.tokens or _trims(self._cache, same, most):
             return most
         if same == len(kept.tokens):  # it may serve other prompts, too
             return 0
@@ -284,9 +289,9 @@ class Session:
         """How many leading tokens the cache already holds; a new cache when none fit."""
         n = shared(self._cached, tokens[:-1])
         surplus = len(self._cached) - n
-        if n and surplus and can_trim_prompt_cache(self._cache):
+        if n and surplus and _trims(self._cache, n):
             surplus -= trim_prompt_cache(self._cache, surplus)
-        if not n or surplus:  # recurrent states cannot be cut back: they start anew
+        if not n or surplus:  # what cannot be cut back starts anew
             self._cache = make_prompt_cache(self.model)
             n = 0
         if self.speculation:
@@ -348,6 +353,18 @@ class Session:
 
     def close(self) -> None:
         self.streamer.close()
+
+
+def _trims(cache: list[Any], n: int, length: int = 0) -> bool:
+    """Whether it can be cut back to `n` tokens, also once it has held `length`.
+
+    mlx-lm's chunked caches (llama4) say so whatever they have dropped of n's chunk.
+    """
+    return can_trim_prompt_cache(cache) and all(
+        max(c.start_position, length - c.chunk_size) <= n // c.chunk_size * c.chunk_size
+        for c in cache
+        if isinstance(c, ChunkedKVCache)
+    )
 
 
 def _tokens(n: int, kind: str = "") -> str:

@@ -72,6 +72,24 @@ def test_a_prefix_is_read_once(model: Path, bits: str, tmp_path: Path) -> None:
         assert out == want and got == reply(session_for(model, *options), third)
 
 
+def test_chunked_caches_are_cut_back_within_a_chunk(tmp_path: Path) -> None:
+    """llama4: the rows before a chunk's first are gone, whatever mlx-lm says of its cache."""
+    model, options = make_tiny("llama4", tmp_path / "m"), ("--context", "600")
+    session, text = session_for(model, *options), list(range(3, 203))  # chunks have 16 tokens
+    whole = text + reply(session, text)
+    # 208 begins a chunk; then rows up to 204 are gone; a chunk that is not full has all of its own
+    for tokens, reused in ((whole[:210], 209), (whole[:206], 0), (text[:3], 0), ([3, 4, 9], 2)):
+        assert reply(session, tokens) == reply(session_for(model, *options), tokens)
+        assert session.reused == reused
+    options = (*options, "--prompt-cache", str(tmp_path / "p"))
+    # the file becomes what is shared, and is kept for that
+    for last, reused, held in ((1, 0, 199), (2, 0, 130), (3, 130, 130), (4, 130, 130)):
+        tokens = text[:130] + [last] * 70
+        session = session_for(model, *options)
+        assert reply(session, tokens) == reply(session_for(model, *options[:2]), tokens)
+        assert (session.reused, len(session.kept.tokens)) == (reused, held)
+
+
 def test_a_penalty_is_for_the_prefix_too(tmp_path: Path) -> None:
     options = ("--context", "900", "--repetition-penalty", "1.8")
     fresh = session_for(DEMO, *options)
