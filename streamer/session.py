@@ -51,7 +51,7 @@ def open_session(args: argparse.Namespace, prompt: str | None, demo: Path) -> Se
     about_head = _about_head(opened, args)
     tokenizer = open_tokenizer(opened)
     tokens = [] if prompt is None else _encode(tokenizer, prompt, args.raw)
-    kept = PromptCache(args.prompt_cache, opened) if args.prompt_cache else None
+    kept = _kept(args, opened)
     context = args.context or _context(args, tokens, kept)
     if len(tokens) >= context:
         raise UsageError(f"the prompt has {_tokens(len(tokens))} and --context is {context}")
@@ -87,13 +87,23 @@ def _warn(opened: Opened, budget: Budget, args: argparse.Namespace) -> None:
         say(f"warning: {budget.context} tokens are planned, the model was made for {trained}")
 
 
+def _kept(args: argparse.Namespace, opened: Opened) -> PromptCache | None:
+    """The prompt cache, if one is asked for. Raises UsageError where it would be lost."""
+    if not args.prompt_cache:
+        return None
+    kept = PromptCache(args.prompt_cache, opened)
+    if args.chat and kept.tokens and kept.notes is None:
+        raise UsageError(f"{kept.path} holds a prompt, which --chat would replace")
+    if not args.chat and kept.notes is not None:
+        raise UsageError(f"{kept.path} holds a conversation, which --chat goes on with")
+    return kept
+
+
 def _context(args: argparse.Namespace, tokens: list[int], kept: PromptCache | None) -> int:
-    """Tokens to plan the KV cache for when nothing is said. Raises UsageError."""
+    """Tokens to plan the KV cache for when nothing is said."""
     held = len(kept.tokens) if kept else 0
     if args.chat:
         return CHAT_CONTEXT + held
-    if kept and kept.notes is not None:
-        raise UsageError(f"{kept.path} holds a conversation, which --chat goes on with")
     return max(len(tokens) + args.max_tokens, held)
 
 

@@ -231,6 +231,13 @@ def test_a_conversation_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "another --system" in refused(capsys, *other)
     argv = ["--prompt", "x", "--prompt-cache", str(tmp_path / "b"), "--kv-bits", "4"]
     assert "--chat goes on" in refused(capsys, *argv)
+    assert "--chat goes on" in refused(capsys, *argv, "--context", "900")
+    argv = ["--prompt-cache", str(tmp_path / "c"), "--kv-bits", "4"]
+    assert run.main([*argv, "--prompt", "import os", "--max-tokens", "1"]) == 0
+    capsys.readouterr()
+    prompt = (tmp_path / "c").read_bytes()
+    assert "a prompt, which --chat would replace" in refused(capsys, "--chat", *argv)
+    assert (tmp_path / "c").read_bytes() == prompt
 
 
 def test_the_budget_holds_while_it_is_written_and_read(tmp_path: Path) -> None:
