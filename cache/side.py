@@ -132,6 +132,8 @@ class Side:
         n -= cut
         cut = min(n, self.coded)
         self.coded -= cut
+        if not self.coded:  # the next ones may be of another text
+            self.mean = None
         n -= cut
         if n and self.first is not None:
             self.first = self.first[..., : self.first_length - n, :]

@@ -83,6 +83,16 @@ def test_trim_then_go_on(drop: int) -> None:
     assert cache.offset == true.offset
 
 
+@pytest.mark.parametrize("left", [[], [2], [4]])
+def test_another_text_is_coded_as_in_a_new_cache(left: list[int]) -> None:
+    fresh, _ = fed(CompressedKVCache(3, 3), left)
+    cache, _ = fed(CompressedKVCache(3, 3), left)
+    fed(cache, [300], seed=5)
+    assert cache.keys.coded > 0 and cache.trim(300) == 300
+    for a, b in zip(fed(fresh, [200, 1], seed=9)[1], fed(cache, [200, 1], seed=9)[1], strict=True):
+        assert mx.array_equal(a, b)
+
+
 def test_rejected_drafts_leave_no_trace() -> None:
     plain, _ = fed(CompressedKVCache(3, 3), [131])
     drafted, _ = fed(CompressedKVCache(3, 3), [131])
