@@ -22,6 +22,7 @@ from .attention import install
 from .codebook import BITS
 from .compressed import CompressedKVCache
 
+ANY = 1 << 30  # rows
 LayerBits = tuple[float, float]  # of keys and of values
 
 
@@ -58,7 +59,16 @@ def compress(model: nn.Module, bits: float) -> None:
 
 def most_rows(caches: Sequence[Any]) -> int:
     """The longest pass over `caches` whose rows all read what plain decoding would."""
-    return min((c.rows_alike for c in caches if isinstance(c, CompressedKVCache)), default=1 << 30)
+    return min(map(_rows_alike, caches), default=ANY)
+
+
+def _rows_alike(cache: Any) -> int:
+    if isinstance(cache, CompressedKVCache):
+        return cache.rows_alike
+    if isinstance(cache, mlx_cache.RotatingKVCache) and cache.keep:
+        # once it is full, mlx-lm's mask of several rows hides the tokens that it keeps
+        return max(1, cache.max_size - cache.offset)
+    return ANY
 
 
 def _plain(model: nn.Module) -> list[Any]:

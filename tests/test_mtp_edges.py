@@ -136,6 +136,27 @@ def test_a_cache_is_cut_after_rejections(case: Case) -> None:
     assert got == case.plain[rows - 6 - len(PROMPT) :][:6]
 
 
+@pytest.mark.parametrize("size", [30, 48])
+def test_a_window_that_keeps_the_first_tokens(case: Case, size: int) -> None:
+    """mlx-lm's max_kv_size, for models without caches of their own."""
+
+    def said(mtp: int) -> list[Any]:
+        cache = make_prompt_cache(case.model, max_kv_size=size)
+        return list(case.stream(mtp, prompt_cache=cache))
+
+    plain = [r.token for r in said(0)]
+    opened = case.model.streamer.opened
+    oracle, opened.head = opened.head, Oracle(case.model, [*PROMPT, *plain], 0.8)
+    try:
+        got = said(4)
+    finally:
+        opened.head = oracle
+    assert [r.token for r in got] == plain
+    # drafts are verified until it is full
+    kept = getattr(make_prompt_cache(case.model, max_kv_size=size)[0], "keep", 0)
+    assert any(r.from_draft for r in got) == (not kept or size > len(PROMPT))
+
+
 def test_a_prompt_that_the_head_has_not_seen(case: Case) -> None:
     """Its cache starts in the middle of the sequence, whose first tokens only the trunk has run."""
     opened = case.model.streamer.opened
