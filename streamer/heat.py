@@ -75,9 +75,9 @@ class Heat:
         return {p: u for p, u in self._read().items() if self._counts.get(p) == len(u)}
 
     def _read(self) -> Uses:
-        if not self.path.is_file():  # a pipe would be waited for
-            return {}
         try:
+            if not self.path.is_file():  # a pipe would be waited for
+                return {}
             with open(self.path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:

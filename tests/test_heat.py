@@ -208,6 +208,21 @@ def test_a_named_file_that_cannot_be_written_is_told(tiny: Path, tmp_path: Path)
         model.streamer.close()
 
 
+def test_a_folder_that_cannot_be_entered(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, or, for root too, one of too long a name: told where the user named it."""
+    folder = tmp_path / ("a" * 300)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    model = opened(tiny, "auto")
+    passes(model)
+    model.streamer.close()
+    model = opened(tiny, folder / "heat.json")
+    passes(model)
+    with pytest.raises(UsageError, match="cannot write"):
+        model.streamer.close()
+
+
 def test_a_pipe_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert Heat(open_model(tiny), tmp_path / "pipe").load() == {}
