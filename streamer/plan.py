@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -41,13 +42,16 @@ HITS = ((0.0, 0.0), (0.12, 0.35), (0.25, 0.58), (0.5, 0.81), (0.75, 0.94), (0.9,
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected decoding, (worse, better). Bytes per token, seconds, tokens per second."""
+    """Expected decoding, (worse, better). Bytes per token, seconds, tokens per second.
+
+    disk_bytes_per_second: None where nothing is read.
+    """
 
     hit_rate: tuple[float, float]
     read_bytes: tuple[float, float]
     compute_seconds: float
     tokens_per_second: tuple[float, float]
-    disk_bytes_per_second: float
+    disk_bytes_per_second: float | None
     reason: str
 
 
@@ -85,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     forecast = from_profile(args.profile, opened, budget) if args.profile else None
     forecast = forecast or foresee(opened, budget)
     if args.json:
-        print(json.dumps({"budget": asdict(budget), **describe(opened), **asdict(forecast)}))
+        told = {"budget": asdict(budget), **describe(opened), **asdict(forecast)}
+        print(json.dumps(told, allow_nan=False))
     else:
         print(table(opened, budget, forecast))
     return 0
@@ -110,7 +115,7 @@ def foresee(opened: Any, budget: Any) -> Forecast:
         rate, reason = choice.bandwidth_bytes_per_s, choice.reason
         settled = max(rate, choice.settled_bytes_per_s)
     speed = (1 / (compute + reads[0] / rate), 1 / (compute + reads[1] / settled))
-    return Forecast(hits, reads, compute, speed, rate, reason)
+    return Forecast(hits, reads, compute, speed, _finite(rate), reason)
 
 
 def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
@@ -130,7 +135,8 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
         with np.errstate(all="raise"):
             hits, read, speed, step = map(float, at_share(document, share))
         rate = float(document["costs"].get("disk_bytes_per_second", float("inf")))
-        if not (0 <= hits <= 1 and min(read, step) >= 0 and min(speed, rate) > 0):
+        sane = 0 <= hits <= 1 and min(read, step) >= 0 and min(speed, rate) > 0
+        if not (sane and math.isfinite(read + step + speed)):
             raise ValueError("it tells of what cannot be")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
@@ -144,7 +150,11 @@ def from_profile(file: Path, opened: Any, budget: Any) -> Forecast:
     ) as error:
         raise UsageError(f"{file} is not the JSON of streamer profile") from error
     reason = f"as in the run that {file} tells of"
-    return Forecast((hits, hits), (read, read), step, (speed, speed), rate, reason)
+    return Forecast((hits, hits), (read, read), step, (speed, speed), _finite(rate), reason)
+
+
+def _finite(rate: float) -> float | None:
+    return rate if math.isfinite(rate) else None
 
 
 def trunk_weights(opened: Any) -> int:

@@ -156,6 +156,15 @@ def test_the_plan_is_what_is_loaded(mixed: Path, capsys: pytest.CaptureFixture[s
     assert 0 < low <= high
 
 
+def test_a_plan_that_reads_nothing_is_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = make_tiny("qwen3_moe", tmp_path / "m", changes={"mlp_only_layers": [0, 1, 2, 3]})
+    assert plan.main(["--model", str(dense), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert planned["disk_bytes_per_second"] is None
+
+
 def test_the_better_end_reads_from_the_page_cache(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -306,5 +307,6 @@ def test_profiles(tiny: Path, tmp_path: Path, data: st.DataObject) -> None:
     try:
         told = plan.from_profile(file, opened, divide(opened, "50%", 100))
         assert all(speed >= 0 for speed in told.tokens_per_second)
+        json.dumps(asdict(told), allow_nan=False)
     except StreamerError as error:
         assert len(str(error).splitlines()) == 1
