@@ -2,7 +2,7 @@
 
 A safetensors file: every array of every layer's cache, recurrent states included, and a header
 that says the format's version, what the prefix belongs to (a model, its bits), its tokens, how the
-arrays go together, and a SHA-256 of the arrays' bytes. Written aside, array by array so that
+arrays go together, and a SHA-256 of it all. Written aside, array by array so that
 nothing is held twice, fsynced and renamed. A file that is cut short, damaged, of another version
 or that belongs to something else is refused with a sentence; nothing in it is run. Only mlx-lm's
 cache classes named in KINDS, and ours, are made from it.
@@ -29,7 +29,7 @@ from mlx_lm.models import cache as mlx_cache
 from .attention import install
 from .compressed import CompressedKVCache
 
-VERSION = 3
+VERSION = 4
 NAME = "moe-streamer prompt cache"
 PIECE = 1 << 20  # bytes of an array that are made contiguous at a time
 LONGEST = 100_000_000  # bytes of a header, safetensors' own limit
@@ -153,18 +153,19 @@ def peek(path: str | Path, belongs: Mapping[str, str]) -> Header:
 def load(path: str | Path, belongs: Mapping[str, str]) -> Prefix:
     """The prefix. Raises PromptCacheError."""
     path = Path(path)
-    header, names, _ = _opened(path)
+    header, entries, _ = _opened(path)
     _check(path, header, belongs)
     try:
         arrays: dict[str, mx.array] = mx.load(str(path), format="safetensors")  # type: ignore[assignment]
         mx.eval(arrays)
         digest = hashlib.sha256()
-        for name in names:
+        for name in entries:
             for part in _pieces(arrays[name]):
                 digest.update(part)
+        sealed = _sealed(digest, header, entries)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise PromptCacheError(f"{path} cannot be read: {_line(error)}") from error
-    if header.get("sha256") != _sealed(digest, header):
+    if header.get("sha256") != sealed:
         raise PromptCacheError(f"{path} is damaged: its checksum is not that of its contents")
     install()
     try:
@@ -218,14 +219,15 @@ def _write(file: IO[bytes], header: dict[str, Any], arrays: dict[str, mx.array])
             digest.update(part)
             file.write(part)
     file.seek(8 + text.rindex(b"0" * 64))
-    file.write(_sealed(digest, header).encode())
+    file.write(_sealed(digest, header, entries).encode())
 
 
-def _sealed(digest: Any, header: dict[str, Any]) -> str:
-    """The checksum of a file: of its arrays' bytes, and then of its header without it."""
+def _sealed(digest: Any, header: dict[str, Any], entries: dict[str, Any]) -> str:
+    """The checksum of a file: of its arrays' bytes, of their names, types, shapes and places, and
+    of its header without it."""
     digest = digest.copy()
     rest = {name: value for name, value in header.items() if name != "sha256"}
-    digest.update(json.dumps(rest, sort_keys=True).encode())
+    digest.update(json.dumps([entries, rest], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -242,8 +244,8 @@ def _pieces(array: mx.array) -> Iterator[memoryview]:
         yield from _pieces(part)
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], list[str], int]:
-    """(our header, the arrays' names in order, bytes of the file).
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(our header, the arrays' entries in order, bytes of the file).
 
     MLX reads lazily: a file that is too short has to be found first.
     """
@@ -254,15 +256,16 @@ def _opened(path: Path) -> tuple[dict[str, Any], list[str], int]:
             if not 2 <= length <= min(size - 8, LONGEST):
                 raise PromptCacheError(f"{path} is cut short or not a prompt cache")
             entries = json.loads(file.read(length))
-        ends = {n: e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__"}
+        metadata = entries.pop("__metadata__", {})
+        ends = {name: entry["data_offsets"][1] for name, entry in entries.items()}
         wanted = 8 + length + max(ends.values(), default=0)
         if wanted != size:
             how = "cut short" if size < wanted else "too long"
             raise PromptCacheError(f"{path} is {how}: {size} bytes where it names {wanted}")
-        header = json.loads(entries.get("__metadata__", {}).get("prompt_cache", "{}"))
+        header = json.loads(metadata.get("prompt_cache", "{}"))
         if not isinstance(header, dict):
             raise PromptCacheError(f"{path} is not a prompt cache")
-        return header, sorted(ends, key=lambda n: ends[n]), size
+        return header, {name: entries[name] for name in sorted(ends, key=ends.__getitem__)}, size
     except FileNotFoundError:
         raise PromptCacheError(f"{path} does not exist") from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:

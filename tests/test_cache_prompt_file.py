@@ -135,6 +135,23 @@ def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     assert load(file, A).tokens == [1]
 
 
+def test_a_damaged_table_of_arrays_is_refused(tmp_path: Path) -> None:
+    file, cache = tmp_path / "p", KVCache()
+    cache.update_and_fetch(mx.zeros((1, 2, 256, 8)), mx.ones((1, 2, 256, 8)))
+    save(file, Prefix([cache], [1]), A)
+    whole = file.read_bytes()
+    keys, values, aside = b'"array.0"', b'"array.1"', b'"array.2"'
+    for damaged in (
+        whole.replace(b'"F32"', b'"I32"', 1),
+        whole.replace(b"[1, 2, 256, 8]", b"[2, 1, 256, 8]", 1),
+        whole.replace(keys, aside).replace(values, keys).replace(aside, values),
+    ):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        with pytest.raises(PromptCacheError, match="checksum"):
+            load(file, A)
+
+
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_file, "VERSION", 99)
     save(tmp_path / "p", Prefix(caches(), [1]), A)
