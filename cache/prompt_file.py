@@ -116,7 +116,7 @@ def save(path: str | Path, prefix: Prefix, belongs: Mapping[str, str]) -> None:
     mx.eval(arrays)
     target = Path(os.path.realpath(path))  # a link stays
     try:
-        handle, aside = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
+        handle, aside = beside(target)
         try:
             with os.fdopen(handle, "wb") as file:
                 _write(file, header, arrays)
@@ -133,6 +133,12 @@ def save(path: str | Path, prefix: Prefix, belongs: Mapping[str, str]) -> None:
             os.close(folder)
     except (OSError, RuntimeError) as error:
         raise PromptCacheError(f"{path} cannot be written: {_line(error)}") from error
+
+
+def beside(path: str | Path) -> tuple[int, str]:
+    """A new file to write aside, open, and its path. Raises OSError."""
+    folder, name = os.path.split(os.path.realpath(path))
+    return tempfile.mkstemp(".partial", f".{name}.", folder)
 
 
 def peek(path: str | Path, belongs: Mapping[str, str]) -> Header:

@@ -234,9 +234,12 @@ def _limit(memory: str | int | None, spare: int | None, smallest: int) -> int:
         return spare if spare is not None else smallest
     if isinstance(memory, int):
         return memory
-    if memory.strip().isdecimal() and int(memory) < 1 << 20:
+    if memory.strip().lower() == "min":
+        return smallest
+    limit = parse_size(memory)
+    if limit < 1 << 20 and memory.strip().isdecimal():
         raise UsageError(f"--memory {memory} is in bytes; write {memory}GB or {memory}%")
-    return smallest if memory.strip().lower() == "min" else parse_size(memory)
+    return limit
 
 
 def _wanted_chunk(

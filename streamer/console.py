@@ -47,7 +47,7 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and value < math.inf):
             bound = f"from {low}" + (f" to {high}" if math.isfinite(high) else " up")
             raise argparse.ArgumentTypeError(f"{text} is out of range; it goes {bound}")
         return value

@@ -104,13 +104,20 @@ class PromptCache:
 
 
 def _unwritable(path: Path) -> str:
-    if path.is_dir():
-        return "it is a folder"
-    if path.exists() and not path.is_file():
-        return "it is no file, but a pipe or a device"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    return "" if os.access(path.parent, os.W_OK) else f"{path.parent} takes no files"
+    """Why no file can be written there, or nothing where one can."""
+    try:
+        if path.is_dir():
+            return "it is a folder"
+        if path.exists() and not path.is_file():
+            return "it is no file, but a pipe or a device"
+        if not path.parent.is_dir():
+            return f"there is no folder {path.parent}"
+        handle, aside = prompt_file.beside(path)
+        os.close(handle)
+        os.unlink(aside)
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

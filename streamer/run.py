@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .console import (
     Interrupted,
     Parser,
+    as_utf8,
     bar,
     check_writable,
     command,
@@ -45,7 +46,9 @@ def parser() -> Parser:
     p = Parser(prog="streamer run", description="Run a model larger than memory.")
     p.add_argument("--prompt", help="the prompt, or - to read it from stdin")
     p.add_argument("--chat", action="store_true", help="keep a conversation")
-    p.add_argument("--system", help="system prompt of the chat")
+    p.add_argument(
+        "--system", type=lambda text: as_utf8(text, "--system"), help="system prompt of the chat"
+    )
     p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
     p.add_argument(
         "--live", action="store_true", help="show speed, hits and reads in the terminal meanwhile"
