@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -63,6 +65,17 @@ def pip(*arguments: str | Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.mark.smoke
+def test_the_extension_is_here_where_it_compiles() -> None:
+    """The install goes on without it, and hundreds of tests with it."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if shutil.which("c++") is None or not headers.exists():
+        pytest.skip("nothing to compile with")
+    if os.environ.get("STREAMER_BUILD_KERNELS") == "off":
+        pytest.skip("not wanted")
+    importlib.import_module(backend.MODULE)
 
 
 def test_the_wheel_brings_the_extension_where_it_compiles(
