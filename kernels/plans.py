@@ -143,6 +143,8 @@ def _made(self: nn.Module, kinds: Kinds) -> Plan | None:
         last_part: Ending | None = None
         if at == 0 and (words := embedding_of(inner["embed_tokens"])) is not None:
             embed, first = None, {"embedding": words}
+        elif at == 0:
+            embed = _wide(inner["embed_tokens"])
         if end == len(layers) and (last_part := ending_of(inner["norm"], head, lm_head is None)):
             last = None
         rows = segments_of(layers, parts, range(at, end), first, last_part)
@@ -225,6 +227,11 @@ def _masks(inner: nn.Module, alone: bool) -> Callable[[mx.array, Sequence[Any]],
         )
 
     return made if alone else lambda x, cache: (None, None)
+
+
+def _wide(embedding: nn.Module) -> Callable[[mx.array], mx.array]:
+    """Rows as ops take them: MLX's are bfloat16, which is exact, where scales are bytes."""
+    return lambda tokens: embedding(tokens).astype(mx.float32)
 
 
 def _layer(layer: nn.Module, index: int) -> Run:

@@ -114,6 +114,8 @@ def layer(
     self: nn.Module, x: mx.array, mask: mx.array | None = None, cache: Any | None = None
 ) -> mx.array:
     """Qwen3.5's DecoderLayer, a half in one operation (three with attention): [B, T, D] alike."""
+    if float32(self["input_layernorm"]["weight"]):
+        x = x.astype(mx.float32)  # what adding to it would make of it
     if self.training or not x.size or x.ndim != 3 or not float32(x):
         return MLXLM["layer"](self, x, mask, cache)
     half = delta_half if self.is_linear else attention_half

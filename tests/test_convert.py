@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import converting
 import mlx.core as mx
@@ -18,8 +19,12 @@ from converting import (
     tensors,
 )
 from families import HF_FAMILIES, PACKED, make_tiny
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load, load_model, quantize_model
 
+from kernels import fast
+from streamer import run as command
+from streamer.convert import FIXED
 from streamer.errors import LayoutError
 from streamer.loading import load_streamed
 from streamer.opened import open_model
@@ -173,6 +178,38 @@ def test_quantizing_is_mlx_lms(
     assert json.loads((dst / "config.json").read_text())["quantization"] == config["quantization"]
     assert mx.array_equal(logits(load_model(dst)[0]), logits(reference))
     assert mx.array_equal(logits(load_streamed(dst, slots=0)), logits(reference))
+
+
+@pytest.mark.parametrize("mode", FIXED)
+def test_steps_of_every_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
+    """Rows of such an embedding are bfloat16, and layers of Qwen3.5 take float32."""
+    dst = tmp_path / "dst"
+    assert run(command.DEMO, dst, "--mode", mode) == 0
+
+    def steps(model: Any) -> list[mx.array]:
+        cache = make_prompt_cache(model)
+        return [model(mx.array([rows]), cache=cache) for rows in ([3, 1, 4] * 7, [1, 5], [9], [2])]
+
+    reference, _ = load_model(dst)
+    reference.set_dtype(mx.float32)
+    fast.uninstall()
+    plain = steps(reference)
+    mx.eval(plain)
+    fast.install()
+    expected = steps(reference)
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(expected, plain, strict=True))
+    for slots, executor in ((None, "layerwise"), (90, "rehearse"), (0, "layerwise")):
+        model = load_streamed(dst, slots=slots, dtype="float32", executor=executor)
+        got = steps(model)
+        assert all(mx.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+        model.streamer.close()
+    capsys.readouterr()
+    texts = set()
+    for options in (["--mtp", "off"], ["--mtp", "2"], ["--mtp", "2", "--memory", "50%"]):
+        argv = ["--model", str(dst), "--prompt", "def main(", "--max-tokens", "12", *options]
+        assert command.main(argv) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1 and len(texts.pop()) > 12
 
 
 @pytest.mark.parametrize(
