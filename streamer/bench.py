@@ -17,7 +17,8 @@ the page cache (`--io direct`), so a hit in it cannot pass for speed; with `--di
 back until the disk imitated would have sent them (`streamer.disk`). llama.cpp's mapping lives
 in it, and is charged for it under --limit only.
 
-Prints a table and, last, one JSON line. Exit code 1: no configuration gave a result.
+Prints a table and, last, one JSON line. Exit code 1: a configuration ended without a result, or
+--limit killed them all.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .bench_rows import LLAMA, MEMORY, Configuration, Run, crossed, row, suite, table
+from .bench_rows import KILLED, LLAMA, MEMORY, Configuration, Run, crossed, row, suite, table
 from .bench_worker import Worker, serve
-from .console import Parser, bar, command, number, say
+from .console import Parser, bar, command, number, prompt_of, say
 from .errors import StreamerError, UsageError
 from .interrupted import importing
 from .ways import EXECUTORS
@@ -58,7 +59,7 @@ def parser() -> Parser:
     p.add_argument("--suite", action="store_true", help="one row of each kind of decoding")
     p.add_argument("--tokens", type=number(8, 4096, int), default=64, help="per round (64)")
     p.add_argument("--rounds", type=number(1, 100, int), default=5, help="5 when left out")
-    p.add_argument("--prompt", default=PROMPT, help="some Python when left out")
+    p.add_argument("--prompt", default=PROMPT, help="or - for stdin; some Python when left out")
     p.add_argument("--temp", type=number(0), default=0.0, help="0 is greedy")
     p.add_argument("--io", choices=("mmap", "pread", "direct"), default="direct")
     p.add_argument("--dtype", choices=("auto", "stored", "float32"), default="auto")
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.worker:
         return serve(json.loads(args.worker))
+    args.prompt = prompt_of(args.prompt)
     until = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
     if args.quick:
         args.rounds, args.tokens = 2, 32
@@ -115,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         "rounds": len(results[names[0]]),
         "rows": rows,
     }))  # fmt: skip
-    return int(all("failed" in made for made in rows))
+    failed = [made["failed"] for made in rows if "failed" in made]
+    return int(len(failed) == len(rows) or not set(failed) <= {KILLED})
 
 
 def _configurations(args: Any, opened: Any) -> list[Configuration]:

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from .bench_rows import Run
+from .bench_rows import KILLED, Run
 from .errors import StreamerError
 from .machine import cores
 from .memory_cgroup import MemoryCgroup, drop_page_cache
@@ -124,7 +124,7 @@ class Llama:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)
         if self._group is not None and self._group.killed:
-            return "killed by the limit"
+            return KILLED
         code = self._process.returncode
         return "gave no timings" if code is None else f"ended with exit code {code}"
 

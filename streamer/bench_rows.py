@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Run = dict[str, Any]  # one turn of a worker, or {"failed": why}
+KILLED = "killed by the limit"  # why, where that is what --limit was to find out
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .bench_rows import Configuration, Run
+from .bench_rows import KILLED, Configuration, Run
 from .memory_cgroup import MemoryCgroup
 
 Turn = Callable[[list[int], int], Run]  # prompt, tokens -> what was measured
@@ -49,7 +49,7 @@ class Worker:
         if not line:
             self._process.wait()
             killed = self._group is not None and self._group.killed
-            self._dead = "killed by the limit" if killed else "ended without a result"
+            self._dead = KILLED if killed else "ended without a result"
             return {"failed": self._dead}
         got = json.loads(line)
         if self._group is not None:

@@ -16,7 +16,7 @@ from families import make_tiny
 from streamer import bench
 from streamer.bench import PROCESS, _fitting, main, parser
 from streamer.bench_llama import Llama
-from streamer.bench_rows import LLAMA, MEMORY, Configuration, crossed, row, suite, table
+from streamer.bench_rows import KILLED, LLAMA, MEMORY, Configuration, crossed, row, suite, table
 from streamer.bench_worker import Worker
 from streamer.errors import StreamerError
 from streamer.machine import machine, versions
@@ -154,6 +154,7 @@ def test_quick_ends_within_a_minute() -> None:
         (["--llama", "x"], "--llama and --gguf go together"),
         (["--llama", "x", "--gguf", "y", "--shares", "50"], "there is no file x"),
         (["--limit", "much"], "not a memory size"),
+        (["--prompt", ""], "the prompt is empty"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -179,15 +180,16 @@ def test_a_model_that_no_worker_could_open_is_said_once(
 def test_nothing_measured_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for failed, code in ((True, 1), (False, 0)):
+    lost = "ended without a result"
+    for why, good, code in ((lost, 0, 1), (lost, 1, 1), (KILLED, 0, 1), (KILLED, 1, 0)):
 
-        def turns(names: Any, *_: Any, failed: bool = failed) -> Any:
-            good = {} if failed else {names[-1]: [turn(1.0)]}
-            return {name: [{"failed": "ended without a result"}] for name in names} | good
+        def turns(names: Any, *_: Any, why: str = why, good: int = good) -> Any:
+            made = [{"failed": why}, turn(1.0) if good else {"failed": why}]
+            return {name: [one] for name, one in zip(names, made, strict=True)}
 
         monkeypatch.setattr(bench, "_turns", turns)
         assert main(["--shares", "50"]) == code
-        assert "| mlx-lm | ended without a result |" in capsys.readouterr().out
+        assert f"| mlx-lm | {why} |" in capsys.readouterr().out
 
 
 @pytest.mark.smoke
