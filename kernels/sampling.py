@@ -23,21 +23,25 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import greedy_sampler, make_sampler
 
 FEW = 8192  # tokens of a vocabulary that mlx-lm's own takes as long for
 VANISHING = -18.1  # log probability below which adding to 1/4 or more changes no float32
 MANY = 1 << 14  # candidates whose order is worth a look at whether it matters
 BLOCK = 512
+LEAST = 1e-30  # temperature: log probabilities over less pass what float32 can hold
 
 Sampler = Callable[[mx.array], mx.array]  # log probabilities [1, V] -> token [1]
 
 
 def faster(sampler: Sampler) -> Sampler:
-    """A `NumpySampler` in place of mlx-lm's, where it is of use; any other as it is."""
+    """A `NumpySampler` in place of mlx-lm's, where it is of use, the greedy one for temperatures
+    that are as good as 0; any other as it is."""
     options = options_of(sampler)
     if options is None or not options.keys() <= {"temp", "top_p", "min_p", "top_k"}:
         return sampler
+    if options["temp"] < LEAST:
+        return greedy_sampler
     return NumpySampler(sampler, **options) if mx.default_device() == mx.cpu else sampler
 
 

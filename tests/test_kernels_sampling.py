@@ -151,6 +151,8 @@ def test_what_is_no_number() -> None:
 @pytest.mark.smoke
 def test_who_samples() -> None:
     assert faster(greedy_sampler) is greedy_sampler
+    for temp in (1e-31, 1e-39, 5e-324):
+        assert faster(make_sampler(temp, top_p=0.9)) is greedy_sampler
     for options in ({"xtc_probability": 0.5}, {"min_p": 0.1, "min_tokens_to_keep": 3}):
         theirs = make_sampler(0.7, **options)
         assert faster(theirs) is theirs
