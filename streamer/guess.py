@@ -213,6 +213,14 @@ SOURCES = ("token", "router", "previous", "frequency")
 USEFUL = ("router",)  # of these, where they are not chosen by name
 
 
+def named(names: str) -> tuple[str, ...]:
+    """'a,b' of `SOURCES`, 'auto' or 'off' as names. Raises UsageError for one that there is not."""
+    wanted = {"auto": USEFUL, "off": ()}.get(names, tuple(names.split(",")))
+    if unknown := set(wanted) - set(SOURCES):
+        raise UsageError(f"no guesser {min(unknown)!r}; there are {', '.join(SOURCES)}")
+    return wanted
+
+
 def sources_of(
     names: str, model: nn.Module, experts: Sequence[LayerExperts], top_k: int
 ) -> dict[str, Guesser]:
@@ -221,12 +229,9 @@ def sources_of(
     Raises UsageError for a name that there is not; a router that is not
     found is left out.
     """
-    wanted = USEFUL if names == "auto" else tuple(names.split(","))
-    if unknown := set(wanted) - set(SOURCES):
-        raise UsageError(f"no guesser {min(unknown)!r}; there are {', '.join(SOURCES)}")
     layers, counts = len(experts), [x.count for x in experts]
     found: dict[str, Guesser] = {}
-    for name in wanted:
+    for name in named(names):
         if name == "router":
             if (router := _router(model, [x.path for x in experts], top_k)) is not None:
                 found[name] = router

@@ -38,6 +38,7 @@ from .footprint import (
     return_freed_memory,
     trim_heap,
 )
+from .guess import named
 from .heat import Heat
 from .held import widen_embeddings
 from .hub import resolve
@@ -234,6 +235,7 @@ def attach(
 
     disk: one to imitate; heat: see `streamer.heat`.
     """
+    named(guess)  # raises, even where nothing will be guessed
     if not opened.layers and budget.limit < budget.total:
         raise BudgetError(
             f"{opened.name} has no routed experts to page and needs "

@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--chat and --prompt exclude each other")
     if not args.chat and args.prompt is None:
         raise UsageError("give --prompt TEXT, --prompt - to read stdin, or --chat")
+    if args.system is not None and not args.chat:
+        raise UsageError("--system goes with --chat")
     prompt = None if args.chat else prompt_of(args.prompt)
     check_writable(args.stats)
 

@@ -128,6 +128,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("--memory", "50"), "--memory 50 is in bytes; write 50GB or 50%"),
         (("--memory", "1" * 5000), "is not a memory size"),
         (("--system", "\udcff"), "--system is not UTF-8"),
+        (("--guess", "router,oracle"), "no guesser 'oracle'"),
+        (("--system", "Be brief."), "--system goes with --chat"),
         (("--stats", ""), "cannot write"),
         (("--prompt-cache", "/"), "it is a folder"),
         (("--prompt-cache", "/no/such/file"), "there is no folder /no/such"),
