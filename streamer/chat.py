@@ -19,11 +19,16 @@ from .session import Session, chat_tokens
 
 
 def converse(session: Session, args: argparse.Namespace) -> int:
-    """Read turns until end of file. Raises UsageError for a model without a chat template."""
+    """Read turns until end of file. Raises UsageError without a chat template, or room."""
     from .run import print_reply
 
     if not session.tokenizer.has_chat_template:
         raise UsageError("this model has no chat template; use --prompt")
+    if args.max_tokens >= session.streamer.budget.context:
+        raise UsageError(
+            f"--max-tokens {args.max_tokens} leaves no room for a turn within the planned "
+            f"{session.streamer.budget.context} tokens; give less, or a larger --context"
+        )
     if sys.stdin.isatty():
         say("/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends a reply")
     with _line_editing():

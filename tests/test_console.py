@@ -152,6 +152,12 @@ def test_what_is_hardly_meant_is_told(capsys: pytest.CaptureFixture[str]) -> Non
     assert "1 token, " in err and "tok/s" not in err
 
 
+def test_a_chat_in_which_no_turn_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--chat", "--context", "200"]) == 2
+    told = "error: --max-tokens 256 leaves no room for a turn within the planned 200 tokens"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
 def test_one_line_of_a_chat_that_is_not_utf8(errors: str) -> None:
     """As in the locale C.UTF-8, and as in others, such as en_US.UTF-8."""
