@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     if os.path.lexists(args.dst):
         same = os.path.exists(args.src) and args.dst.exists() and args.dst.samefile(args.src)
         raise UsageError(f"{args.dst} {'is the source' if same else 'exists'}; name a new folder")
+    inside = Path(os.path.realpath(args.dst)).is_relative_to(os.path.realpath(args.src))
+    if inside and os.path.exists(args.src):
+        raise UsageError(f"{args.dst} is inside the source; name a folder elsewhere")
     try:
         convert(resolve(args.src), args.dst, options)
     except KeyboardInterrupt:

@@ -194,6 +194,8 @@ def test_refusals(tmp_path: Path, error: Error) -> None:
     for argv, what in (
         ([src, src], "is the source"),
         ([src, tmp_path / "src" / ".." / "src"], "is the source"),
+        ([src, src / "new"], "is inside the source"),
+        ([src, tmp_path / "none" / ".." / "src" / "a" / "b"], "is inside the source"),
         ([src, tmp_path], "exists"),
         ([src, tmp_path / "file"], "exists"),
         ([src, tmp_path / "file" / "new"], "file"),
@@ -223,6 +225,7 @@ def test_refusals(tmp_path: Path, error: Error) -> None:
         assert run(src, new) == 2
         assert what in error()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".foreign.partial", "file", "src"]
+    assert not [p.name for p in src.iterdir() if p.is_dir()]
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Error) -> None:
