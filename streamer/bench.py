@@ -53,7 +53,7 @@ def parser() -> Parser:
     p.add_argument("--model", help="folder or repository; the embedded demo when left out")
     p.add_argument("--shares", help=f"%% of experts in memory ({SHARES}; what fits with --limit)")
     p.add_argument("--mtp", help="list of off, auto and 1..8, each a row a share")
-    p.add_argument("--executor", help="list of layerwise, rehearse and auto, each a row a share")
+    p.add_argument("--executor", help=f"list of {', '.join(EXECUTORS)}, each a row a share")
     p.add_argument("--kv-bits", help="list of 16, 8, 4, 3.5, 3, 2.5 and 2, each a row a share")
     p.add_argument("--disk", help="list of disks to imitate (1.5GB/s@100us) and none")
     p.add_argument("--suite", action="store_true", help="one row of each kind of decoding")

@@ -8,6 +8,7 @@ command (`told`), or by `python -m streamer.COMMAND` before its `main`.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -29,12 +30,17 @@ def told(error: BaseException) -> str | None:
     what = (
         f"has no {name.replace('_', '-')}" if absent else f"cannot import {name or 'mlx'}: {error}"
     )
-    root = Path(__file__).resolve().parent.parent
-    here = str(root) if (root / "pyproject.toml").exists() else "moe-streamer"
     return (
         f"this Python {what}; run the one that streamer was installed for, or install what it "
-        f"needs: {sys.executable or 'python3'} -m pip install {here}"
+        f"needs: {installing()}"
     )
+
+
+def installing(extra: str = "") -> str:
+    """The command that installs us for this Python, with `[extra]`."""
+    root = Path(__file__).resolve().parent.parent
+    here = str(root) if (root / "pyproject.toml").exists() else "moe-streamer"
+    return f"{sys.executable or 'python3'} -m pip install {shlex.quote(here + extra)}"
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

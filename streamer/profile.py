@@ -6,7 +6,7 @@
 
 The run lives in a process of its own, whose memory is its own, and so does each run of a
 sweep; what is drawn and replayed afterwards costs them nothing. The page needs matplotlib
-(`pip install matplotlib`), --json does not.
+(`pip install '.[profile]'`), --json does not.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .console import Parser, check_writable, command, prompt_of, say, write_json
 from .errors import UsageError
 from .footprint import parse_size, percentage
 from .interrupted import importing
+from .needed import installing
 from .run import DEMO, add_options
 
 MOST_BARS = 160  # of the timeline
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.out and not args.json:
         raise UsageError("give --out report.html, --json FILE, or both")
     if args.out and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a page needs matplotlib: pip install matplotlib")
+        raise UsageError(f"a page needs matplotlib: {installing('[profile]')}")
     check_writable(args.out)
     check_writable(args.json)
     prompt = _prompt(args.prompt)

@@ -23,6 +23,7 @@ from streamer.machine import machine, versions
 from streamer.memory_cgroup import memory_cgroup, why_not
 from streamer.opened import open_model
 from streamer.run import DEMO
+from streamer.ways import EXECUTORS
 
 JOB = {"path": "nowhere", "tokens": 9, "prompt": "def ", "temp": 0.0, "io": "direct"}
 JOB |= {"dtype": "auto"}
@@ -266,3 +267,4 @@ def test_labels_and_what_was_measured_on() -> None:
     assert LLAMA.label == "llama.cpp" and Configuration("streamed").label == "what fits"
     assert machine()["memory_bytes"] > 1 << 28 and versions()["mlx-lm"]
     assert parser().prog == "streamer bench"
+    assert all(name in parser().format_help() for name in EXECUTORS)

@@ -357,7 +357,8 @@ def test_a_page_without_matplotlib_is_refused(
 ) -> None:
     monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: None)
     assert profile.main(["--out", "x.html"]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "-m pip install '" in err and err.endswith("[profile]'\n")
 
 
 def test_a_page_of_a_run_without_reads(inflated: Made) -> None:
