@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .console import check_writable
 from .errors import UsageError
 from .experts import stored_bytes
 from .files import replaced
@@ -62,11 +63,14 @@ class Heat:
 
     @classmethod
     def of(cls, choice: str, opened: Opened) -> Heat | None:
-        """choice: auto, off or a file."""
+        """choice: auto, off or a file. Raises UsageError for one that cannot be written."""
         if choice == "off" or not opened.layers:
             return None
+        if choice != "auto":
+            check_writable(Path(choice))
+            return cls(opened, Path(choice))
         try:
-            return cls(opened, None if choice == "auto" else Path(choice))
+            return cls(opened)
         except RuntimeError:  # a user without a home
             return None
 
@@ -133,7 +137,8 @@ class Heat:
         if data is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._asked:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             replaced(self.path, data)
         except OSError as error:
             if self._asked:

@@ -241,6 +241,7 @@ def attach(
             f"{opened.name} has no routed experts to page and needs "
             f"{format_size(budget.total)}; the budget is {format_size(budget.limit)}"
         )
+    remembered = Heat.of(heat, opened)
     fast.install()
     return_freed_memory()
     mx.set_cache_limit(budget.workspace // 6)
@@ -264,7 +265,7 @@ def attach(
             paths = [layer.path for layer in run.layers]
             model.update_modules(tree_unflatten(list(zip(paths, switches, strict=True))))
     _try_gpu(opened)
-    streamer.heat = Heat.of(heat, opened)
+    streamer.heat = remembered
     if streamer.heat is not None:
         streamer.heat.fill(streamer.executors, lambda n, total: progress("experts", n, total))
     model.streamer = streamer

@@ -136,6 +136,7 @@ def test_a_damaged_or_stale_file_is_as_good_as_none(tiny: Path, tmp_path: Path, 
 
 
 def test_sessions_side_by_side_both_count(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
     heat = tmp_path / "sub" / "heat.json"
     models = [opened(tiny, heat), opened(tiny, heat, 0.25)]
     for model in models:
@@ -201,9 +202,10 @@ def test_the_command_line_keeps_a_file_per_model(
 
 
 def test_a_named_file_that_cannot_be_written_is_told(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    model = opened(tiny, tmp_path / "file" / "heat.json")
+    (tmp_path / "sub").mkdir()
+    model = opened(tiny, tmp_path / "sub" / "heat.json")
     passes(model)
+    (tmp_path / "sub").rmdir()
     with pytest.raises(UsageError, match="cannot write"):
         model.streamer.close()
 
@@ -217,10 +219,17 @@ def test_a_folder_that_cannot_be_entered(
     model = opened(tiny, "auto")
     passes(model)
     model.streamer.close()
-    model = opened(tiny, folder / "heat.json")
-    passes(model)
     with pytest.raises(UsageError, match="cannot write"):
-        model.streamer.close()
+        opened(tiny, folder / "heat.json")
+
+
+@pytest.mark.parametrize("name", ["", "no/heat.json", "file/heat.json"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_or_before_anything_is_loaded(tiny: Path, tmp_path: Path, name: str, share: float) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot write"):
+        opened(tiny, tmp_path / name, share)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_pipe_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
