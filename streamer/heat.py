@@ -6,7 +6,7 @@ The file is JSON: for each MoE layer how often every expert was chosen, by check
 session that closes adds its own counts to what the file holds by then and renames it into
 place; older uses fade once there are `MEMORY` of them. It says what to read first and
 nothing else, so it may be deleted at any time, and one that is damaged or of another
-checkpoint is as good as none.
+checkpoint is as good as none. What is no such file is not written over.
 
 Limits: of two sessions that close in the same instant one may be forgotten. Where all
 experts are resident nothing is counted.
@@ -63,11 +63,16 @@ class Heat:
 
     @classmethod
     def of(cls, choice: str, opened: Opened) -> Heat | None:
-        """choice: auto, off or a file. Raises UsageError for one that cannot be written."""
+        """choice: auto, off or a file.
+
+        Raises UsageError for one that cannot be written, or that holds something else.
+        """
         if choice == "off" or not opened.layers:
             return None
         if choice != "auto":
             check_writable(Path(choice))
+            if not _replaceable(Path(choice)):
+                raise UsageError(f"--heat {choice} is no heat file, and would be replaced by one")
             return cls(opened, Path(choice))
         try:
             return cls(opened)
@@ -158,6 +163,18 @@ class Heat:
                 return data
             scale /= 10
         return None
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether nothing but heat, of whatever version or checkpoint, is lost with the file."""
+    if not path.is_file():
+        return True
+    try:
+        with open(path, "rb") as file:
+            start = b"".join(file.read(64).split())
+    except OSError:
+        return False
+    return not start or start.startswith(b'{"format":"%s"' % FORMAT.encode())
 
 
 def hottest(run: Executor, uses: Uses) -> list[tuple[int, int]]:

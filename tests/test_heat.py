@@ -90,12 +90,10 @@ def test_experts_are_read_in_the_order_of_the_disk(
     "text",
     [
         "",
-        "{",
-        "[" * 5000,
-        "[]",
-        "null",
+        '{"format": "moe-heat"',
+        '{"format": "moe-heat", "uses": ' + "[" * 5000,
         '{"format": "moe-heat", "version": 1}',
-        "\x00\xff",
+        '{"format": "moe-heat"}\x00\xff',
         "other checkpoint",
         "other version",
         "negative",
@@ -133,6 +131,17 @@ def test_a_damaged_or_stale_file_is_as_good_as_none(tiny: Path, tmp_path: Path, 
     passes(model)
     model.streamer.close()
     assert uses(heat), "and it is replaced"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("text", ["my precious", "{", "[" * 5000, "null", '{"a": 1}', "\x00\xff"])
+def test_what_is_no_heat_is_left_alone(tiny: Path, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(text.encode("latin-1"))
+    assert Heat(open_model(tiny), file).load() == {}
+    with pytest.raises(UsageError, match="is no heat file"):
+        opened(tiny, file)
+    assert file.read_bytes() == text.encode("latin-1")
 
 
 def test_sessions_side_by_side_both_count(tiny: Path, tmp_path: Path) -> None:
