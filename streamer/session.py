@@ -176,6 +176,7 @@ class Session:
         self._cache: list[Any] = []
         self._cached: list[int] = []  # tokens that the cache holds
         self.kept, self.reused = kept, 0
+        self._unsaved: UsageError | None = None  # what `close` tells of the prompt cache
         if kept and kept.tokens:
             self._cache = kept.load(model, self.speculation)
             self._cached = list(kept.tokens)
@@ -279,7 +280,10 @@ class Session:
         )
         self.timing.prompt_seconds += time.perf_counter() - began
         assert self.kept is not None
-        self.kept.save(self._cache, tokens[:until], self.speculation)
+        try:
+            self.kept.save(self._cache, tokens[:until], self.speculation)
+        except UsageError as error:  # the reply can be given all the same
+            self._unsaved = error
 
     def save_chat(self, messages: list[dict[str, str]]) -> None:
         """Keep a conversation in its file, if it has one. Raises UsageError."""
@@ -362,7 +366,10 @@ class Session:
         }
 
     def close(self) -> None:
+        """Raises UsageError where the prompt cache, or the heat, was asked for and not saved."""
         self.streamer.close()
+        if self._unsaved is not None:
+            raise self._unsaved
 
 
 def _trims(cache: list[Any], n: int, length: int = 0) -> bool:

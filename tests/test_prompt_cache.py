@@ -14,7 +14,8 @@ import pytest
 from families import make_tiny
 from mlx_lm.models.cache import can_trim_prompt_cache
 
-from cache.prompt_file import peek
+from cache import prompt_file
+from cache.prompt_file import PromptCacheError, peek
 from streamer import run
 from streamer.identity import identity
 from streamer.opened import open_model
@@ -199,6 +200,25 @@ def test_what_does_not_belong_is_refused(
     argv[argv.index("--prompt-cache") + 1] = str(tmp_path / "pipe")
     assert "a pipe or a device" in refused(capsys, *argv)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "p", "pipe"]
+
+
+def test_a_full_disk_loses_no_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = tmp_path / "stats.json"
+    argv = ["--prompt", TEXT, "--memory", "50%", "--max-tokens", "12", "--stats", str(stats)]
+    assert run.main(argv) == 0
+    expected = capsys.readouterr().out
+
+    def full(*_: Any) -> None:
+        raise PromptCacheError("the disk is full")
+
+    monkeypatch.setattr(prompt_file, "save", full)
+    stats.unlink()
+    assert run.main([*argv, "--prompt-cache", str(tmp_path / "p")]) == 2
+    out, err = capsys.readouterr()
+    assert out == expected and err.splitlines()[-1] == "error: the disk is full"
+    assert json.loads(stats.read_text())["prompt_cache"]["held_tokens"] == 0
 
 
 def test_caches_of_a_model_s_own_are_refused(
