@@ -55,6 +55,13 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[
     return parse
 
 
+def filename(text: str) -> Path:
+    """An argparse type: the name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 class Main(Protocol):
     """A command line: `main(argv)`, sys.argv when left out."""
 

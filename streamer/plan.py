@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .console import Parser, command, number
+from .console import Parser, command, filename, number
 from .errors import UsageError
 from .interrupted import importing
 from .kv import bits_option
@@ -64,7 +64,7 @@ def parser() -> Parser:
     p.add_argument("--kv-bits", type=bits_option, default="auto", metavar="auto|16|8|4|3.5|3|2.5|2")
     p.add_argument("--mtp", choices=("auto", "off"), default="off", help="plan for the MTP head")
     p.add_argument(
-        "--profile", type=Path, metavar="FILE", help="foretell from this JSON of streamer profile"
+        "--profile", type=filename, metavar="FILE", help="foretell from streamer profile's JSON"
     )
     p.add_argument("--json", action="store_true", help="print one line of JSON instead")
     return p

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from .bench import PROMPT
-from .console import Parser, check_writable, command, prompt_of, say, write_json, write_text
+from .console import (
+    Parser,
+    check_writable,
+    command,
+    filename,
+    prompt_of,
+    say,
+    write_json,
+    write_text,
+)
 from .errors import UsageError
 from .footprint import parse_size, percentage
 from .interrupted import importing
@@ -35,8 +44,8 @@ TOKENS = 128
 def parser() -> Parser:
     p = Parser(prog="streamer profile", description="Show where memory, reads and time go.")
     p.add_argument("--prompt", metavar="FILE", help="a file that holds the prompt, or - for stdin")
-    p.add_argument("--out", type=Path, metavar="HTML", help="write the page to this file")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    p.add_argument("--out", type=filename, metavar="HTML", help="write the page to this file")
+    p.add_argument("--json", type=filename, metavar="FILE", help="write everything as JSON")
     p.add_argument("--sweep", metavar="4GB,8GB", help="budgets to run besides, one by one")
     p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     add_options(p, max_tokens=TOKENS)

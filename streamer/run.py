@@ -25,6 +25,7 @@ from .console import (
     bar,
     check_writable,
     command,
+    filename,
     interruptible,
     number,
     prompt_of,
@@ -49,7 +50,7 @@ def parser() -> Parser:
     p.add_argument(
         "--system", type=lambda text: as_utf8(text, "--system"), help="system prompt of the chat"
     )
-    p.add_argument("--stats", type=Path, help="write what happened to this JSON file")
+    p.add_argument("--stats", type=filename, help="write what happened to this JSON file")
     p.add_argument(
         "--live", action="store_true", help="show speed, hits and reads in the terminal meanwhile"
     )
@@ -101,7 +102,7 @@ def add_options(p: Parser, max_tokens: int = 256) -> None:
     )
     p.add_argument(
         "--prompt-cache",
-        type=Path,
+        type=filename,
         metavar="FILE",
         help="keep the prompt, or the chat, in this file, and read none of it again next time",
     )

@@ -318,7 +318,8 @@ class Session:
         stats = s.stats()
         asked = stats["hits"] + stats["misses"]
         parts = [
-            f"{_tokens(t.prompt_tokens, 'prompt ')}, first token after {t.prompt_seconds:.2f} s",
+            _tokens(t.prompt_tokens, "prompt ")
+            + (f", first token after {t.prompt_seconds:.2f} s" if t.generated_tokens else ""),
             _tokens(t.generated_tokens)
             + (f" at {t.decode_rate:.1f} tok/s" if t.decode_rate else ""),
         ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from streamer import chat, run
+from streamer.console import Interrupted
 from streamer.engine import Timing
 from streamer.run import DEMO, parser
 from streamer.session import open_session
@@ -177,6 +178,19 @@ def test_interrupting_ends_the_text_cleanly(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert 0 < json.loads(stats.read_text())["generated_tokens"] < 30000
+
+
+def test_a_prompt_that_is_interrupted_has_no_first_token() -> None:
+    session = session_for()
+
+    def pressed(done: int, total: int) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        list(session.reply(list(range(1, 40)), pressed))
+    assert "0 prompt tokens, 0 tokens, " in session.closing()
+    reply(session, [1, 2, 3])
+    assert "3 prompt tokens, first token after " in session.closing()
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
