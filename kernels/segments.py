@@ -342,16 +342,30 @@ def _without(inputs: list[mx.array], arrivals: Arrivals) -> list[mx.array]:
 
 
 def _make_room(cache: KVCache, batch: int, rows: int, heads: int, width: int) -> None:
-    """As KVCache grows: by whole steps, cut to what is there first."""
-    keys, offset = cache.keys, cache.offset
-    if keys is not None and offset + rows <= keys.shape[2]:
+    if cache.keys is None:
+        shape = batch, heads, -(-rows // cache.step) * cache.step, width
+        cache.keys = cache.values = mx.zeros(shape)
+    else:
+        grow(cache, rows)
+
+
+def grow(cache: KVCache, rows: int) -> None:
+    """Room for `rows` more, as KVCache makes it: by whole steps, cut to what is there first.
+
+    At once, and what the rows lay in is free: a pass holds that of all layers to its end.
+    """
+    if cache.keys is None or cache.offset + rows <= cache.keys.shape[2]:
         return
-    more = mx.zeros((batch, heads, -(-rows // cache.step) * cache.step, width))
-    if keys is None:
-        cache.keys = cache.values = more
-        return
-    cache.keys = mx.concatenate([keys[..., :offset, :], more], axis=2)
-    cache.values = mx.concatenate([cache.values[..., :offset, :], more], axis=2)
+    ours = _written.pop(id(cache), None)  # which holds it too
+    for name in ("keys", "values"):
+        old = getattr(cache, name)
+        more = mx.zeros((*old.shape[:2], -(-rows // cache.step) * cache.step, old.shape[3]))
+        parts = [old[..., : cache.offset, :], more.astype(old.dtype)]
+        setattr(cache, name, mx.concatenate(parts, axis=2))
+        del old, parts
+        mx.eval(getattr(cache, name))
+    if ours is not None:
+        _appended(cache).set(cache.keys, cache.values, cache.offset)
 
 
 _written: dict[int, tuple[weakref.ref[Any], Any]] = {}  # by cache

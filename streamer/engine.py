@@ -19,9 +19,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler
 
 from kernels.sampling import NumpySampler, Sampler, faster
+from kernels.sampling import NumpySampler, Sampler, faster
+from kernels.segments import grow
+from mtp.rollback import leaves
 from mtp.verify import as_seed, random_state, rule_for
 
 from .loading import Streamer
@@ -180,6 +184,7 @@ class _Run:
 
     def one(self, token: mx.array) -> _Passed:
         """Put in token [1] and choose the next."""
+        self._make_room(1)
         logits = self._model(token[None], cache=self._cache)[:, -1, :]
         self._timing.cached += 1
         logprobs = self._rows(logits, token)
@@ -190,6 +195,12 @@ class _Run:
         mx.async_eval(self.last)
         return _Passed(self.last, logprobs)
 
+    def _make_room(self, rows: int) -> None:
+        """Caches grow one by one, not all in a pass."""
+        for cache in leaves(self._cache):
+            if type(cache) is KVCache:
+                grow(cache, rows)
+
     def waits(self, passed: _Passed) -> bool:
         """Whether the sampler waits for its row: a pass queued sooner would be waited for."""
         return isinstance(self._sampler, NumpySampler) and self._sampler.at_once(passed.logprobs)
@@ -197,6 +208,7 @@ class _Run:
     def several(self, count: int, rule: Any, stop: frozenset[int]) -> Block | None:
         """Put in the last token and up to `count` drafts, or nothing where none is worth it."""
         assert self._speculation is not None
+        self._make_room(count + 1)
         self._base = self._timing.cached
         last = self.last if self.last.dtype == mx.int32 else self.last.astype(mx.int32)
         rows = self._rows if self._processors else None

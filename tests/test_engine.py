@@ -9,7 +9,7 @@ import mlx_lm
 import pytest
 from families import make_tiny
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.utils import load_model
 
@@ -17,6 +17,7 @@ from kernels import sampling
 from streamer import load
 from streamer.engine import Timing, generate
 from streamer.loading import load_streamed
+from streamer.run import DEMO
 
 PROMPT = [7, 3, 200, 5, 9, 11, 250, 31, 8] * 9
 
@@ -128,6 +129,23 @@ def test_a_prompts_layers_are_told_of_and_may_be_the_last(tiny: Path) -> None:
     held = sum(run.pool.resident.sum() for run in model.streamer.executors)
     assert held > 0 and all(run.after is None for run in model.streamer.executors)
     assert tokens_of(model, max_tokens=5)[0] == want
+
+
+@pytest.mark.parametrize("slots", [None, 80])
+@pytest.mark.parametrize("executor", ["layerwise", "lookahead", "rehearse"])
+def test_caches_grow_one_by_one(slots: int | None, executor: Any) -> None:
+    model = load_streamed(DEMO, slots=slots, executor=executor, dtype="float32")
+    cache = make_prompt_cache(model)
+    took: list[int] = []  # bytes of each step
+    before = 0
+    for _ in generate(model, [7, 3, 200, 5, 9, 11] * 341, cache, max_tokens=14):
+        took.append(mx.get_peak_memory() - before)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+    grown = [c.keys for c in cache if isinstance(c, KVCache)]
+    assert len(grown) == 2 and {keys.shape[2] for keys in grown} == {9 * 256}
+    assert max(took[1:]) < took[2] + 2.5 * grown[0].nbytes  # 4 arrays grow
 
 
 def test_mlx_lm_generates_with_a_loaded_model(tiny: Path) -> None:
