@@ -25,6 +25,7 @@ from .opened import Opened
 from .prefill import MAX_PAIRS
 
 SLACK = 12 << 20  # Python objects, thread stacks and read buffers made after planning
+STARTS = 1 << 20  # what the runtimes of two starts, of one to plan and one to run, may differ by
 # prompt tokens of one prefill pass: each reads every expert that is absent, once
 MAX_CHUNK = 2048
 RESIDENT_CHUNK = 512  # where none is, which gains nothing by more
@@ -42,7 +43,8 @@ class Budget:
     """What each owner may take. `slots` follows the order of `Opened.groups`.
 
     head: of the MTP head what is not a routed expert; head_kv: its caches; 0 without one.
-    kv: the caches at `kv_bits` bits; kv_full: in full precision, which is kv_bits 16.
+    kv: the caches at `kv_bits` bits; kv_full: in full precision, which is kv_bits 16. smallest:
+    a limit that works in another process too.
     """
 
     limit: int
@@ -180,7 +182,7 @@ def _divide(
     floor = sum(n * held_bytes(fmt) for fmt, n in least.items())
     full = sum(n * held_bytes(fmt) for fmt, n in counts.items())
     fixed = runtime + trunk + head + kv + head_kv
-    smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context, bits) + floor
+    smallest = fixed + chunk_workspace(opened, MIN_CHUNK, context, bits) + floor + STARTS
 
     share = percentage(memory)
     if share is not None:
@@ -191,7 +193,7 @@ def _divide(
         limit = fixed + workspace + room
     else:
         limit = _limit(memory, spare, smallest)
-        if limit < smallest:
+        if limit < smallest - STARTS:
             raise BudgetError(
                 f"{opened.name} does not run in {format_size(limit)}: the smallest budget "
                 f"that works is {format_size(smallest, up=True)} (runtime "

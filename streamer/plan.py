@@ -34,6 +34,7 @@ from .interrupted import importing
 from .kv import bits_option
 
 TIMED_BYTES = 96 << 20  # of experts that `experts_seconds` holds, at most
+PROMPT = 1 << 16  # tokens that the runtime is measured with, at most
 CALLS = 12  # that it times at once
 # Share of a layer's chosen experts found in a pool that holds a share of all
 # experts: measured on the embedded demo, whose routers are trained.
@@ -77,13 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         from .budget import divide
         from .footprint import default_budget
         from .hub import resolve
-        from .loading import open_tokenizer
         from .opened import open_model
         from .run import DEMO
+        from .session import open_tokenizer  # with all that a run has imported by then
 
     path = DEMO if args.model is None else resolve(args.model)
     opened = open_model(path, args.dtype, mtp=args.mtp == "auto")
-    open_tokenizer(opened)  # its memory belongs to the runtime that is measured
+    # its memory belongs to the runtime that is measured, and what a prompt leaves behind
+    open_tokenizer(opened).encode("def " * min(args.context, PROMPT))
     spare = default_budget()[0] if args.memory is None else None
     budget = divide(opened, args.memory, args.context, spare=spare, kv_bits=args.kv_bits)
     forecast = from_profile(args.profile, opened, budget) if args.profile else None

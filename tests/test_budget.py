@@ -94,7 +94,28 @@ def test_the_plan_names_budgets_that_work(monkeypatch: pytest.MonkeyPatch) -> No
     for size, bits in zip(sizes, (16, 2), strict=True):
         divide(opened, size, 4096, kv_bits=bits)
         with pytest.raises(BudgetError):
-            divide(opened, size - (1 << 20), 4096, kv_bits=bits)
+            divide(opened, size - (2 << 20), 4096, kv_bits=bits)
+
+
+SESSION = """
+import sys
+from streamer.run import DEMO, parser
+from streamer.session import open_session
+text = "".join(path.read_text() for path in sorted(DEMO.parent.glob("*.py")))
+options = ["--memory", sys.argv[1], "--context", sys.argv[2], "--kv-bits", "16"]
+open_session(parser().parse_args(options), text[: int(sys.argv[3])], DEMO)
+"""
+
+
+@pytest.mark.parametrize(("context", "characters"), [(10, 4), (8192, 20000)])
+def test_what_one_process_names_works_in_another(context: int, characters: int) -> None:
+    command = [sys.executable, "-m", "streamer.plan", "--memory", "min", "--context", str(context)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = re.search(r"smallest +([0-9.]+ [kMG]B) works", done.stdout)
+    assert size
+    command = [sys.executable, "-c", SESSION, size[1], str(context), str(characters)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_too_small_names_the_smallest_that_works(mixed: Path) -> None:
