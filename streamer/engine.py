@@ -23,7 +23,6 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.sample_utils import greedy_sampler
 
 from kernels.sampling import NumpySampler, Sampler, faster
-from kernels.sampling import NumpySampler, Sampler, faster
 from kernels.segments import grow
 from mtp.rollback import leaves
 from mtp.verify import as_seed, random_state, rule_for
