@@ -32,9 +32,10 @@ FADING = 0.1  # weight of the newest sample
 FORGETTING = 1.01  # by which the best read becomes worse with each that is no better
 FIRST = 6  # passes before any trial
 TURN = 4  # passes by a way that is tried, and then by the best; the first of them is not counted
-SOME = 6  # counted passes of each with which a trial may be over, if it is sure
+SOME = 6  # counted passes of each with which a trial may be over
 ENOUGH = 24  # with which it is over
-SURE = 2.5  # standard errors between two means
+SURE = 2.5  # errors of the difference by which the way must be faster for that
+DOUBT = 1.0  # and slower, since staying loses nothing
 OUTLIER = 2.0  # medians: a pass that took longer counts as that
 HOPELESS = 1.6  # of the best: a pass after which a trial is over
 # share of time that trials may lose; guessing differs little from looking ahead
@@ -256,8 +257,8 @@ class Ways:
         cost, error = _cost(took, reading)
         least, errors = _cost(best, reading)
         of_best = cost / least
-        sure = abs(of_best - 1 / MARGIN) > SURE * math.hypot(error, errors)
-        if len(took) >= ENOUGH or (sure and len(took) >= SOME):
+        slower = (of_best - 1 / MARGIN) / max(1e-12, math.hypot(error, errors))
+        if len(took) >= ENOUGH or (len(took) >= SOME and not -SURE < slower < DOUBT):
             self._over(of_best)
         else:
             self._turn, self._left = self._best, TURN
