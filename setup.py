@@ -90,7 +90,8 @@ class BuildKernels(build_ext):
         self.choose_flags()
         if self.inplace or self.editable_mode:
             # what older sources gave must not stand in for these where they don't compile
-            for older in Path(*ext.name.split(".")[:-1]).glob(f"{ext.name.split('.')[-1]}.*.so"):
+            *folders, name = ext.name.split(".")
+            for older in Path(*folders).glob(f"{name}.*.so"):
                 older.unlink()
 
         def compiled(source: str) -> list[str]:

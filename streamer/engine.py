@@ -178,6 +178,7 @@ class _Run:
         self._sampler, self._processors = sampler, processors
         self._timing, self._speculation = timing, speculation
         self._history = mx.array(list(tokens), dtype=mx.int32)  # tokens that were put in
+        self._growing = [one for one in leaves(cache) if type(one) is KVCache]
         self._base = 0  # cached tokens before the block
         self.last = self._history[:0]  # [1], the token to be put in next
 
@@ -196,9 +197,8 @@ class _Run:
 
     def _make_room(self, rows: int) -> None:
         """Caches grow one by one, not all in a pass."""
-        for cache in leaves(self._cache):
-            if type(cache) is KVCache:
-                grow(cache, rows)
+        for cache in self._growing:
+            grow(cache, rows)
 
     def waits(self, passed: _Passed) -> bool:
         """Whether the sampler waits for its row: a pass queued sooner would be waited for."""

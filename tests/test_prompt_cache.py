@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from families import make_tiny
-from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, can_trim_prompt_cache
 
 from cache import prompt_file
 from cache.prompt_file import PromptCacheError, peek
@@ -89,6 +90,15 @@ def test_chunked_caches_are_cut_back_within_a_chunk(tmp_path: Path) -> None:
         session = session_for(model, *options)
         assert reply(session, tokens) == reply(session_for(model, *options[:2]), tokens)
         assert (session.reused, len(session.kept.tokens)) == (reused, held)
+
+
+def test_mlx_lm_would_cut_a_chunk_back_to_rows_it_dropped() -> None:
+    # fails when its answer is right: then the session asks no more than that
+    cache = ChunkedKVCache(16)
+    for _ in range(3):
+        cache.maybe_trim_front()
+        cache.update_and_fetch(mx.zeros((1, 1, 16, 8)), mx.zeros((1, 1, 16, 8)))
+    assert cache.start_position > 0 and cache.is_trimmable()
 
 
 def test_a_penalty_is_for_the_prefix_too(tmp_path: Path) -> None:

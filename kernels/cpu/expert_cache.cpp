@@ -175,7 +175,8 @@ bool ExpertCache::idle(bool end) const {
   // Where reading takes processors that rehearsing would have, as out of the page cache, what is
   // rehearsed comes later, and so do the reads.
   const double reading = reads_->processor() / looking->each;
-  const double share = std::min(1.0, (cores() - reading) / threads());
+  static const int processors = cores();
+  const double share = std::min(1.0, (processors - reading) / threads());
   return left > 0 && left * share > (end ? looking->end : looking->layer);
 }
 
@@ -216,7 +217,7 @@ void ExpertCache::ask() {
     for (const Guessed& one : *all) most -= !done(*one.batch);
   }
   // what the waiting layer needs stays, and what rehearsed ones found
-  const auto found = std::count_if(expected_.begin(), expected_.end(), [](char one) { return one != 0; });
+  const auto found = std::count(expected_.begin(), expected_.end(), 1);
   const double held = ahead_.size() + wrong_.size() + need_.size() + found;
   const auto named = soonest(std::min(most, s_.slots - held));
   const std::vector<int> own = freed(static_cast<int>(named.size()), at_, need_);

@@ -114,8 +114,8 @@ void bind_expert_cache(nb::module_& m) {
                 all.hits, all.misses, all.waits, demands, told, failed, all.rehearsals, all.end, guesses);
           },
           "A pass is over; guesses about the next hold their slots until `wait`. Since it was asked "
-          "last: hits, misses, layers that missed; (bytes, seconds, whether beside guesses) of what each of those waited for; while "
-          "watched (layer, k, ids, missed) of each choice, ids as int32; a ticket that failed; seconds "
-          "of each layer rehearsed, and of the pass's end; experts that were named, right, read and used, "
-          "of this pass's layers and of the next one's.");
+          "last: hits, misses, layers that missed; (bytes, seconds, whether beside guesses) of what each "
+          "of those waited for; while watched (layer, k, ids, missed) of each choice, ids as int32; a "
+          "ticket that failed; seconds of each layer rehearsed, and of the pass's end; experts that were "
+          "named, right, read and used, of this pass's layers and of the next one's.");
 }

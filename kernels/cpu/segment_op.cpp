@@ -84,6 +84,7 @@ bool SegmentOp::ends() const {
 bool SegmentOp::in_place(const Call& call) const {
   return impl_->in_place(call.fresh);
 }
+
 bool SegmentOp::has_room(const Arrays& states, int offset, int rows) const {
   return impl_->has_room(states, offset, rows);
 }
